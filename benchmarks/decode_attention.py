@@ -1,0 +1,172 @@
+"""Decode attention: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
+
+    python benchmarks/decode_attention.py [--seqs 8] [--tokens 8192] [--rounds 15]
+
+Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM in
+float32 measured in the same rounds, the share of the memory-bandwidth bound (bytes of pages
+read / measured read bandwidth / time), and the error that integer arithmetic adds beside the
+codec's own error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.kernels.cpu import CpuKernel
+from cache_policies.page import PageLayout
+from cache_policies.plan import Plan
+from cache_policies.policy import parse
+
+SHAPES = ((9, 3, 64), (32, 8, 128))
+POLICIES = ("fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit")
+PAGE = 128
+LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
+
+
+def ours(policy: str, seqs: int, tokens: int, shape: tuple[int, int, int]) -> tuple[Callable[[], None], int]:
+    """A decode step of one layer, and the page bytes it reads."""
+    heads, kv_heads, head_size = shape
+    layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
+    plan = Plan.of(layout)
+    row = plan.pages(tokens + 1)
+    count = seqs * row
+    # Random bytes would hold NaN scales: encode one page of random tokens and copy it.
+    page = torch.zeros(kv_heads, layout.head_bytes, dtype=torch.uint8)
+    tokens_of_page = torch.randn(2, kv_heads, PAGE, head_size)
+    layout.codec.write(layout.views(page), 0, *tokens_of_page)
+    pages = [page.repeat(count, 1, 1).contiguous() for _ in range(LAYERS)]
+    table = torch.randperm(count).to(torch.int32).reshape(seqs, row)
+    start = np.arange(seqs + 1, dtype=np.int32)
+    batch = Batch.of(plan, start, np.full(seqs, tokens, dtype=np.int32), table)
+    query = torch.randn(seqs, heads, head_size)
+    key, value = torch.randn(2, seqs, kv_heads, head_size)
+    output = torch.empty_like(query)
+    kernel = CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5))
+
+    def step() -> None:
+        for layer in pages:
+            kernel.attend(layer, batch, query, key, value, output)
+
+    used = int(plan.store_pages(tokens)) * layout.head_bytes
+    return step, seqs * kv_heads * used
+
+
+def stock(seqs: int, tokens: int, shape: tuple[int, int, int]) -> Callable[[], None]:
+    """The same step through stock vLLM's operator, float32."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    heads, kv_heads, head_size = shape
+    isa = _get_attn_isa(torch.float32, PAGE, head_size, "auto")
+    blocks = -(-(tokens + 1) // PAGE)
+    caches = [torch.randn(seqs * blocks, kv_heads, 2 * PAGE, head_size) for _ in range(LAYERS)]
+    table = torch.randperm(seqs * blocks).to(torch.int32).reshape(seqs, blocks)
+    query = torch.randn(seqs, heads, head_size)
+    output = torch.empty_like(query)
+    start = torch.arange(seqs + 1, dtype=torch.int32)
+    lengths = torch.full((seqs,), tokens + 1, dtype=torch.int32)
+
+    def step() -> None:
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=seqs, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_size,
+            seq_lens=lengths, dtype=torch.float32, query_start_loc=start, causal=True,
+            sliding_window_size=-1, isa=isa, enable_kv_split=True,
+        )  # fmt: skip
+        for cache in caches:
+            keys, values = cache.chunk(2, dim=2)
+            ops.cpu_attention_with_kv_cache(
+                query=query, key_cache=keys, value_cache=values, output=output,
+                query_start_loc=start, seq_lens=lengths, scale=head_size**-0.5, causal=True,
+                alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0,
+                scheduler_metadata=metadata, s_aux=None,
+            )  # fmt: skip
+
+    return step
+
+
+def bandwidth() -> float:
+    """Bytes a second that all threads read from memory: the best of five sums over 512 MiB."""
+    block = torch.ones(2**27)
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        block.sum()
+        best = max(best, block.nbytes / (time.perf_counter() - begin))
+    return best
+
+
+def errors(policy: str, shape: tuple[int, int, int], tokens: int = 4096) -> tuple[float, float]:
+    """Relative error of the codec, and of integer arithmetic against the same stored codes."""
+    heads, kv_heads, head_size = shape
+    layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
+    plan, form = Plan.of(layout), Shape(heads, kv_heads, head_size**-0.5)
+    row = int(plan.pages(tokens + 1))
+    pages = torch.zeros(row, kv_heads, layout.head_bytes, dtype=torch.uint8)
+    table = torch.arange(row, dtype=torch.int32)[None]
+    key, value = torch.randn(2, tokens, kv_heads, head_size)
+    fresh = torch.randn(2, 1, kv_heads, head_size)
+    query = torch.randn(1, heads, head_size) * 2
+    exact = CpuKernel(layout, form, integer_dot=False)
+    fill = Batch.of(plan, np.array([0, tokens], dtype=np.int32), np.zeros(1, dtype=np.int32), table)
+    exact.append(pages, fill, key, value)
+    one = np.array([0, 1], dtype=np.int32)
+    step = Batch.of(plan, one, np.array([tokens], dtype=np.int32), table)
+    results = []
+    for kernel in (exact, CpuKernel(layout, form)):
+        output = torch.empty_like(query)
+        kernel.attend(pages, step, query, fresh[0], fresh[1], output)
+        results.append(output)
+    keys = torch.cat([key, fresh[0]]).transpose(0, 1)
+    values = torch.cat([value, fresh[1]]).transpose(0, 1)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys[None], values[None], enable_gqa=True
+    )[0].transpose(0, 1)
+    relative = lambda a, b: float((a - b).norm() / b.norm())  # noqa: E731
+    return relative(results[0], full), relative(results[1], results[0])
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--seqs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    speed = bandwidth()
+    print(f"threads {torch.get_num_threads()}, read bandwidth {speed / 1e9:.1f} GB/s")
+    for shape in SHAPES:
+        steps = {"stock float32": stock(options.seqs, options.tokens, shape)}
+        reads = {"stock float32": options.seqs * options.tokens * shape[1] * shape[2] * 8}
+        for policy in POLICIES:
+            steps[policy], reads[policy] = ours(policy, options.seqs, options.tokens, shape)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for name, step in steps.items():
+            step()
+        for _ in range(options.rounds):
+            for name, step in steps.items():
+                begin = time.perf_counter()
+                step()
+                times[name].append((time.perf_counter() - begin) / LAYERS)
+        base = statistics.median(times["stock float32"])
+        print(f"\nshape (query heads, KV heads, head size) = {shape}, "
+              f"{options.seqs} sequences x {options.tokens} tokens")
+        print(f"{'':16}{'ms/layer':>10}{'x stock':>9}{'of bound':>10}{'codec err':>11}{'int err':>10}")
+        for name in steps:
+            median = statistics.median(times[name])
+            bound = reads[name] / speed / median
+            codec = f"{'':>11}{'':>10}"
+            if name in ("flexgen-4bit", "kivi-4bit", "kivi-2bit"):
+                codec = "{:>11.4f}{:>10.4f}".format(*errors(name, shape))
+            print(f"{name:16}{median * 1e3:10.2f}{base / median:9.2f}{bound:10.0%}{codec}")
+
+
+if __name__ == "__main__":
+    main()

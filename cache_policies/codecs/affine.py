@@ -1,0 +1,97 @@
+"""Min-max quantized pages: the part KIVI and FlexGen share.
+
+Values are always quantized per token, in groups of channels. Keys are quantized per
+channel in groups of tokens (KIVI) or per token in groups of channels (FlexGen).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from cache_policies.codecs import packing
+from cache_policies.codecs.base import Codec, Views
+from cache_policies.page import Field
+
+
+@dataclass(frozen=True)
+class AffineCodec(Codec):
+    """A codec whose pages hold packed codes with a float16 scale and minimum per group."""
+
+    @property
+    @abstractmethod
+    def key_bits(self) -> int:
+        """Bits of a key code."""
+
+    @property
+    @abstractmethod
+    def value_bits(self) -> int:
+        """Bits of a value code."""
+
+    @property
+    @abstractmethod
+    def keys_per_channel(self) -> bool:
+        """True: key groups run over tokens. False: over channels, like value groups."""
+
+    def fields(
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+    ) -> tuple[Field, ...]:
+        by_token = (head_size // self.divisor, page_tokens)
+        by_channel = (page_tokens // self.divisor, head_size)
+        key_scales = by_channel if self.keys_per_channel else by_token
+        key_shape = (page_tokens // 32, head_size // 4, self.key_bits // 2, 32)
+        value_shape = (head_size // 8, page_tokens // 16, self.value_bits // 2, 32)
+        return (
+            Field("key", torch.uint8, key_shape),
+            Field("key_scale", torch.float16, key_scales),
+            Field("key_min", torch.float16, key_scales),
+            Field("value", torch.uint8, value_shape),
+            Field("value_scale", torch.float16, by_token),
+            Field("value_min", torch.float16, by_token),
+        )
+
+    def write(self, views: Views, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        end = start + key.shape[1]
+        keys = packing.unpack_keys(views["key"], self.key_bits)
+        if self.keys_per_channel:
+            codes, scale, minimum = packing.quantize(
+                key.unflatten(1, (-1, self.divisor)), self.key_bits, axis=2
+            )
+            keys[:, start:end] = codes.flatten(1, 2)
+            groups = slice(start // self.divisor, end // self.divisor)
+            views["key_scale"][:, groups] = scale.squeeze(2)
+            views["key_min"][:, groups] = minimum.squeeze(2)
+        else:
+            keys[:, start:end] = self._write_by_token(views, "key", self.key_bits, start, key)
+        views["key"].copy_(packing.pack_keys(keys, self.key_bits))
+        values = packing.unpack_values(views["value"], self.value_bits)
+        values[:, start:end] = self._write_by_token(views, "value", self.value_bits, start, value)
+        views["value"].copy_(packing.pack_values(values, self.value_bits))
+
+    def _write_by_token(
+        self, views: Views, name: str, bits: int, start: int, x: torch.Tensor
+    ) -> torch.Tensor:
+        codes, scale, minimum = packing.quantize(x.unflatten(2, (-1, self.divisor)), bits, axis=3)
+        span = slice(start, start + x.shape[1])
+        views[f"{name}_scale"][:, :, span] = scale.squeeze(3).transpose(1, 2)
+        views[f"{name}_min"][:, :, span] = minimum.squeeze(3).transpose(1, 2)
+        return codes.flatten(2)
+
+    def read(self, views: Views, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = packing.unpack_keys(views["key"], self.key_bits)[:, :count].float()
+        values = packing.unpack_values(views["value"], self.value_bits)[:, :count].float()
+        if self.keys_per_channel:
+            scale = views["key_scale"].float().repeat_interleave(self.divisor, 1)[:, :count]
+            minimum = views["key_min"].float().repeat_interleave(self.divisor, 1)[:, :count]
+            keys = keys * scale + minimum
+        else:
+            keys = self._scale_by_token(views, "key", keys)
+        return keys, self._scale_by_token(views, "value", values)
+
+    def _scale_by_token(self, views: Views, name: str, codes: torch.Tensor) -> torch.Tensor:
+        count = codes.shape[1]
+        scale = views[f"{name}_scale"].float()[:, :, :count].transpose(1, 2)[..., None]
+        minimum = views[f"{name}_min"].float()[:, :, :count].transpose(1, 2)[..., None]
+        return (codes.unflatten(2, (-1, self.divisor)) * scale + minimum).flatten(2)

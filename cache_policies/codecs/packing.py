@@ -1,0 +1,85 @@
+"""Bit-packed code layouts shared by KIVI and FlexGen, and min-max quantization.
+
+Codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``, AVX-512
+``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) into one lane:
+
+* keys, per 32 tokens and 4 channels: four vectors of 8 tokens x 4 channels;
+* values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.
+
+A vector is 32 bytes of codes. With ``bits`` per code, ``8 / bits`` vectors share 32 bytes:
+vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cache_policies.errors import PolicyError
+
+BITS = (2, 4, 8)
+FP16_MAX = torch.finfo(torch.float16).max
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Raise PolicyError unless ``bits`` can be packed."""
+    if bits not in BITS:
+        raise PolicyError(f"{name}={bits} is not one of {BITS}")
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """float16, with values beyond its range clamped to it rather than made infinite."""
+    return x.clamp(-FP16_MAX, FP16_MAX).half()
+
+
+def quantize(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, ...]:
+    """Min-max quantize along ``axis``: codes (uint8), scale and minimum (float16, axis kept).
+
+    The codes are computed from the *stored* float16 scale and minimum, so decoding adds no
+    second rounding. A constant group has scale 0 and decodes to its minimum.
+    """
+    low, high = x.aminmax(dim=axis, keepdim=True)
+    levels = 2**bits - 1
+    scale = to_half((high - low) / levels)
+    minimum = to_half(low)
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    codes = ((x - minimum.float()) * inverse).round().clamp(0, levels).to(torch.uint8)
+    return codes, scale, minimum
+
+
+def _merge(vectors: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[..., 4, 8, 4]`` codes -> ``[..., bits / 2, 32]`` bytes."""
+    per_byte = 8 // bits
+    split = vectors.flatten(-2).unflatten(-2, (4 // per_byte, per_byte))
+    shifts = (torch.arange(per_byte) * bits).to(torch.uint8)[:, None]
+    return (split << shifts).sum(-2, dtype=torch.uint8)
+
+
+def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of ``_merge``."""
+    shifts = (torch.arange(8 // bits) * bits).to(torch.uint8)[:, None]
+    codes = (packed[..., None, :] >> shifts) & (2**bits - 1)
+    return codes.flatten(-3, -2).unflatten(-1, (8, 4))
+
+
+def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, channels / 4, bits / 2, 32]``."""
+    spans = codes.unflatten(1, (-1, 4, 8)).unflatten(-1, (-1, 4))
+    return _merge(spans.permute(0, 1, 4, 2, 3, 5), bits)
+
+
+def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of ``pack_keys``."""
+    spans = _split(packed, bits).permute(0, 1, 3, 4, 2, 5)
+    return spans.flatten(-2).flatten(1, 3)
+
+
+def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[heads, tokens, channels]`` -> ``[heads, channels / 8, tokens / 16, bits / 2, 32]``."""
+    spans = codes.unflatten(1, (-1, 4, 4)).unflatten(-1, (-1, 8))
+    return _merge(spans.permute(0, 4, 1, 2, 5, 3), bits)
+
+
+def unpack_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of ``pack_values``."""
+    spans = _split(packed, bits).permute(0, 2, 3, 5, 1, 4)
+    return spans.flatten(-2).flatten(1, 3)

@@ -1,0 +1,151 @@
+"""C++ kernels for CPUs: checks, then hands addresses to the extension module ``_cpu``.
+
+Instruction sets are chosen at run time (AVX-512, AVX2+FMA+F16C, portable). Threads are
+OpenMP's: in a process that imported torch, torch's own pool, hence vLLM's binding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cache_policies.codecs.affine import AffineCodec
+from cache_policies.codecs.int8 import Int8
+from cache_policies.codecs.plain import Raw
+from cache_policies.errors import PolicyError
+from cache_policies.kernels import _cpu
+
+if TYPE_CHECKING:
+    from cache_policies.kernels.contract import Batch, Shape
+    from cache_policies.page import PageLayout
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PLAIN, _INT8, _AFFINE = range(3)
+MAX_GROUP_HEADS = 192  # query heads of one KV head; rows of a task in attend.h
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets this CPU runs, best first."""
+    return list(_cpu.supported())
+
+
+class CpuKernel:
+    """Attention on a CPU, without ever materializing the decoded cache.
+
+    Args:
+        layout: fields of a page.
+        shape: heads and scale of the layer.
+        isa: instruction set; the best supported one by default.
+        integer_dot: decode 2 and 4 bit pages by integer dot products. False dequantizes
+            tiles instead, to measure the rounding that integer arithmetic adds.
+        num_threads: OpenMP threads; 0 takes the runtime's own number.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        shape: Shape,
+        *,
+        isa: str | None = None,
+        integer_dot: bool = True,
+        num_threads: int = 0,
+    ) -> None:
+        if shape.num_heads // shape.num_kv_heads > MAX_GROUP_HEADS:
+            raise PolicyError(f"more than {MAX_GROUP_HEADS} query heads share a KV head")
+        self.layout, self.shape, self.num_threads = layout, shape, num_threads
+        self.isa = isa or supported_isas()[0]
+        self._dtype = layout.model_dtype
+        self._layer = _cpu.Layer(
+            self.isa,
+            _layout(layout),
+            _DTYPES[self._dtype],
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.scale,
+            integer_dot,
+        )
+
+    def attend(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        self._set(pages, batch)
+        heads = self.shape.num_heads
+        self._layer.attend(
+            *self._rows("query", query, heads),
+            *self._rows("key", key, self.shape.num_kv_heads),
+            *self._rows("value", value, self.shape.num_kv_heads),
+            *self._rows("output", output, heads),
+            self.num_threads,
+        )
+
+    def append(
+        self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        self._set(pages, batch)
+        self._layer.append(
+            *self._rows("key", key, self.shape.num_kv_heads),
+            *self._rows("value", value, self.shape.num_kv_heads),
+            self.num_threads,
+        )
+
+    def _set(self, pages: torch.Tensor, batch: Batch) -> None:
+        _require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")
+        _require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
+        table = batch.block_table
+        _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
+        counts = (batch.query_start, batch.stored, batch.ring, batch.stored_after)
+        _require(all(c.dtype == torch.int32 and c.is_contiguous() for c in counts), "counts: int32")
+        self._layer.set_pages(pages.data_ptr(), pages.stride(0), pages.stride(1))
+        self._layer.set_batch(
+            batch.num_seqs, *(c.data_ptr() for c in counts), table.data_ptr(), table.stride(0)
+        )
+
+    def _rows(self, name: str, x: torch.Tensor, heads: int) -> tuple[int, int]:
+        head_size = self.layout.head_size
+        _require(x.dtype == self._dtype, f"{name} must be {self._dtype}, not {x.dtype}")
+        _require(x.shape[1:] == (heads, head_size), f"{name} has shape {tuple(x.shape)}")
+        _require(x.stride(2) == 1 and x.stride(1) == head_size, f"{name}: heads not contiguous")
+        return x.data_ptr(), x.stride(0)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"cpu kernel: {message}")
+
+
+def _layout(layout: PageLayout) -> object:
+    codec = layout.codec
+    affine = codec if isinstance(codec, AffineCodec) else None
+    kinds = ((Raw, _PLAIN), (Int8, _INT8), (AffineCodec, _AFFINE))
+    kind = next((kind for cls, kind in kinds if isinstance(codec, cls)), None)
+    if kind is None:
+        raise PolicyError(f"the cpu kernel does not know the codec {codec}")
+    store = codec.dtype(layout.model_dtype) if isinstance(codec, Raw) else layout.model_dtype
+    offsets = {
+        name: layout.offsets.get(name, -1)
+        for name in ("key", "key_scale", "key_min", "value", "value_scale", "value_min")
+    }
+    return _cpu.layout(
+        kind=kind,
+        store_dtype=_DTYPES[store],
+        ring_dtype=_DTYPES[layout.ring_dtype],
+        head_size=layout.head_size,
+        page_tokens=layout.page_tokens,
+        ring_tokens=layout.ring_tokens,
+        ring_pages=layout.ring_pages,
+        k_bits=affine.key_bits if affine else 0,
+        v_bits=affine.value_bits if affine else 0,
+        group=affine.divisor if affine else 1,
+        keys_per_channel=affine.keys_per_channel if affine else False,
+        run_bytes=layout.head_bytes,
+        **offsets,
+    )

@@ -1,0 +1,194 @@
+// Softmax over store, ring and fresh tokens, split into tasks that keep all cores busy.
+#pragma once
+
+struct Task {
+  int seq, head;            // KV head
+  int query_from, queries;  // fresh query tokens, counted from the sequence's first
+  int page_from, page_to;   // store pages
+  bool last;                // reads ring and fresh tokens too
+  int64_t partial;          // first row in the partial buffer, or -1: writes the output itself
+};
+
+struct Scratch {
+  Tile tile;
+  alignas(64) float query[MAX_ROWS * 256], out[MAX_ROWS * 256], score[MAX_ROWS * TILE];
+  float top[MAX_ROWS], sum[MAX_ROWS];
+};
+
+// One for the life of each OpenMP thread: mapping it anew every step would cost page faults.
+static Scratch* thread_scratch() {
+  static thread_local Scratch* scratch = nullptr;
+  if (!scratch) scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
+  return scratch;
+}
+
+KV_INLINE int heads_per_query(const Call& c) { return c.num_heads / c.num_kv_heads; }
+
+static void load_queries(const Call& c, const Task& t, float* out) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int i = 0; i < t.queries; i++)
+    for (int g = 0; g < group; g++) {
+      float* row = out + int64_t(i * group + g) * d;
+      const int64_t token = c.batch.query_start[t.seq] + t.query_from + i;
+      load_row(tensor_row(c, c.query, token, t.head * group + g), c.dtype, d, row);
+      for (int j = 0; j < d; j++) row[j] *= c.scale * 1.44269504088896341f;  // log2(e)
+    }
+}
+
+static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int causal_from, Scratch* x,
+                        Softmax* s, Fetch* fetch) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  if (t.queries == 1) {
+    decode_rows(rows, Query{x->query, group}, d, s, fetch);
+  } else {
+    tile_from_rows(rows, d, &x->tile);
+    attend_tile(x->tile, rows.key.count, x->query, t.queries * group, d, s, x->score, causal_from, group);
+  }
+}
+
+// fetch: the run that will be read next
+static void attend_page(const Call& c, const Task& t, const uint8_t* run, int count, Scratch* x, Softmax* s,
+                        Fetch* fetch) {
+  const Layout& l = c.layout;
+  const int d = l.head_size, group = heads_per_query(c);
+  if (t.queries == 1 && c.integer_dot && has_integer_dot(l)) {
+    decode_codes(l, run, count, Query{x->query, group}, s, fetch);
+    return;
+  }
+  for (int first = 0; first < count; first += TILE) {
+    const int n = min_int(TILE, count - first);
+    if (l.kind == Kind::affine) {
+      tile_from_codes(l, run, first, n, &x->tile);
+      attend_tile(x->tile, n, x->query, t.queries * group, d, s, x->score, SEES_ALL, group);
+    } else {
+      KvRows rows;
+      page_rows(c, run, first, n, &rows);
+      attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
+    }
+  }
+}
+
+static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) {
+  KvRows rows;
+  Fetch none = {nullptr, nullptr, 0};
+  for (int first = 0; first < c.batch.ring[t.seq]; first += TILE) {
+    ring_rows(c, t.seq, t.head, first, min_int(TILE, c.batch.ring[t.seq] - first), &rows);
+    attend_rows(c, t, rows, SEES_ALL, x, s, &none);
+  }
+  const int fresh = t.query_from + t.queries;  // the last query of the task sees these
+  for (int first = 0; first < fresh; first += TILE) {
+    fresh_rows(c, t.seq, t.head, first, min_int(TILE, fresh - first), &rows);
+    attend_rows(c, t, rows, t.query_from - first, x, s, &none);
+  }
+}
+
+static void write_output(const Call& c, const Task& t, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; r < t.queries * group; r++) {
+    float* row = s->out + int64_t(r) * d;
+    for (int j = 0; j < d; j++) row[j] /= s->sum[r];
+    const int64_t token = c.batch.query_start[t.seq] + t.query_from + r / group;
+    store_row(const_cast<char*>(tensor_row(c, c.output, token, t.head * group + r % group)), c.dtype, d, row);
+  }
+}
+
+static void run_task(const Call& c, const Task& t, Scratch* x, float* partial) {
+  const Layout& l = c.layout;
+  const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
+  Softmax s = {x->top, x->sum, x->out};
+  load_queries(c, t, x->query);
+  softmax_begin(&s, rows, d);
+  for (int page = t.page_from; page < t.page_to; page++) {
+    const int count = min_int(l.page_tokens, stored - page * l.page_tokens);
+    const uint8_t* run = c.run(t.seq, l.ring_pages + page, t.head);
+    const uint8_t* next = page + 1 < t.page_to ? c.run(t.seq, l.ring_pages + page + 1, t.head) : run;
+    Fetch fetch = {next, next == run ? next : next + l.run_bytes, 0};
+    attend_page(c, t, run, count, x, &s, &fetch);
+  }
+  if (t.last) attend_recent(c, t, x, &s);
+  if (t.partial < 0) {
+    write_output(c, t, &s);
+    return;
+  }
+  float* out = partial + t.partial * (d + 2);
+  for (int r = 0; r < rows; r++, out += d + 2) {
+    out[0] = s.top[r], out[1] = s.sum[r];
+    memcpy(out + 2, s.out + int64_t(r) * d, sizeof(float) * size_t(d));
+  }
+}
+
+// joins the partial results of `splits` consecutive tasks, the first being t
+static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial) {
+  const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
+  Softmax s = {x->top, x->sum, x->out};
+  softmax_begin(&s, rows, d);
+  for (int r = 0; r < rows; r++) {
+    for (int i = 0; i < splits; i++) s.top[r] = max_float(s.top[r], partial[(t[i].partial + r) * (d + 2)]);
+    for (int i = 0; i < splits; i++) {
+      const float* p = partial + (t[i].partial + r) * (d + 2);
+      const float weight = exp2f(p[0] - s.top[r]);
+      s.sum[r] += weight * p[1];
+      for (int j = 0; j < d; j++) s.out[int64_t(r) * d + j] += weight * p[2 + j];
+    }
+  }
+  write_output(c, *t, &s);
+}
+
+static Task* grow(Task* tasks, int count, int* capacity) {
+  if (count < *capacity) return tasks;
+  *capacity = *capacity ? *capacity * 2 : 256;
+  return (Task*)realloc(tasks, sizeof(Task) * size_t(*capacity));
+}
+
+// work of a task, in query rows x tokens
+static double work(const Call& c, int seq, int queries) {
+  const double tokens = c.batch.stored[seq] + c.batch.ring[seq] + 0.5 * queries + 64;
+  return tokens * queries * heads_per_query(c);
+}
+
+static void attend(const Call& c) {
+  const Layout& l = c.layout;
+  const Batch& b = c.batch;
+  const int group = heads_per_query(c), block = max_int(1, min_int(MAX_ROWS, 128) / group);
+  double total = 0;
+  for (int s = 0; s < b.num_seqs; s++)
+    total += work(c, s, b.query_start[s + 1] - b.query_start[s]) * c.num_kv_heads;
+  const double target = total / (c.num_threads * 6.0);  // a task's share, so that cores end together
+
+  Task* tasks = nullptr;
+  int count = 0, capacity = 0;
+  int64_t partial_rows = 0;
+  for (int s = 0; s < b.num_seqs; s++) {
+    const int fresh = b.query_start[s + 1] - b.query_start[s];
+    const int pages = (b.stored[s] + l.page_tokens - 1) / l.page_tokens;
+    for (int q = 0; q < fresh; q += block) {
+      const int queries = min_int(block, fresh - q);
+      const int wanted = c.num_threads > 1 ? int(work(c, s, queries) / target) : 1;
+      const int splits = max_int(1, min_int(wanted, pages / 2));
+      for (int h = 0; h < c.num_kv_heads; h++)
+        for (int i = 0; i < splits; i++) {
+          tasks = grow(tasks, count, &capacity);
+          const int64_t partial = splits > 1 ? partial_rows : -1;
+          tasks[count++] = Task{s, h, q, queries, pages * i / splits, pages * (i + 1) / splits,
+                                i == splits - 1, partial};
+          if (splits > 1) partial_rows += queries * group;
+        }
+    }
+  }
+  float* partial = (float*)malloc(sizeof(float) * size_t(partial_rows) * (l.head_size + 2) + 64);
+#pragma omp parallel num_threads(c.num_threads)
+  {
+    Scratch* x = thread_scratch();
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < count; i++) run_task(c, tasks[i], x, partial);
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < count; i++)
+      if (tasks[i].partial >= 0 && tasks[i].page_from == 0) {
+        int splits = 1;
+        while (!tasks[i + splits - 1].last) splits++;
+        join_task(c, tasks + i, splits, x, partial);
+      }
+  }
+  free(partial);
+  free(tasks);
+}

@@ -1,0 +1,141 @@
+// Python binding: chooses the instruction set at run time and passes raw addresses on.
+// cache_policies/kernels/cpu.py checks shapes, dtypes and strides; nothing here does.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <omp.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+
+namespace nb = nanobind;
+
+namespace kvthrift {
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+namespace {
+
+std::vector<std::string> supported() {
+  std::vector<std::string> names;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    names.push_back("avx512");
+  if (avx2) names.push_back("avx2");
+#endif
+  names.push_back("portable");
+  return names;
+}
+
+const Kernels& table(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "avx512") return kernels_avx512;
+  if (name == "avx2") return kernels_avx2;
+#endif
+  if (name == "portable") return kernels_portable;
+  throw std::invalid_argument("unknown instruction set " + name);
+}
+
+template <typename T>
+T* address(intptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// One layer's kernel: fixed layout and shape, called every step.
+class Layer {
+ public:
+  Layer(const std::string& isa, const Layout& layout, int dtype, int num_heads, int num_kv_heads,
+        float scale, bool integer_dot)
+      : kernels_(table(isa)) {
+    bool found = false;
+    for (const auto& name : supported()) found = found || name == isa;
+    if (!found) throw std::invalid_argument("this CPU does not support " + isa);
+    call_.layout = layout;
+    call_.dtype = static_cast<Dtype>(dtype);
+    call_.num_heads = num_heads;
+    call_.num_kv_heads = num_kv_heads;
+    call_.scale = scale;
+    call_.integer_dot = integer_dot;
+  }
+
+  void set_batch(int num_seqs, intptr_t query_start, intptr_t stored, intptr_t ring,
+                 intptr_t stored_after, intptr_t block_table, int64_t row_stride) {
+    call_.batch = Batch{num_seqs,
+                        address<const int32_t>(query_start),
+                        address<const int32_t>(stored),
+                        address<const int32_t>(ring),
+                        address<const int32_t>(stored_after),
+                        address<const int32_t>(block_table),
+                        row_stride};
+  }
+
+  void set_pages(intptr_t pages, int64_t page_stride, int64_t head_stride) {
+    call_.pages = address<uint8_t>(pages);
+    call_.page_stride = page_stride;
+    call_.head_stride = head_stride;
+  }
+
+  void attend(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t value,
+              int64_t value_stride, intptr_t output, int64_t output_stride, int num_threads) {
+    set_tensors(key, key_stride, value, value_stride, num_threads);
+    call_.query = {address<char>(query), query_stride};
+    call_.output = {address<char>(output), output_stride};
+    kernels_.attend(call_);
+  }
+
+  void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
+    set_tensors(key, key_stride, value, value_stride, num_threads);
+    kernels_.append(call_);
+  }
+
+ private:
+  void set_tensors(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int threads) {
+    call_.key = {address<char>(key), key_stride};
+    call_.value = {address<char>(value), value_stride};
+    call_.num_threads = threads > 0 ? threads : omp_get_max_threads();
+  }
+
+  const Kernels& kernels_;
+  Call call_{};
+};
+
+Layout make_layout(int kind, int store_dtype, int ring_dtype, int head_size, int page_tokens,
+                   int ring_tokens, int ring_pages, int k_bits, int v_bits, int group,
+                   bool keys_per_channel, int64_t key, int64_t key_scale, int64_t key_min,
+                   int64_t value, int64_t value_scale, int64_t value_min, int64_t run_bytes) {
+  return Layout{static_cast<Kind>(kind), static_cast<Dtype>(store_dtype),
+                static_cast<Dtype>(ring_dtype), head_size, page_tokens, ring_tokens, ring_pages,
+                k_bits, v_bits, group, keys_per_channel, key, key_scale, key_min, value,
+                value_scale, value_min, run_bytes};
+}
+
+}  // namespace
+}  // namespace kvthrift
+
+NB_MODULE(_cpu, m) {
+  using namespace kvthrift;
+  using namespace nb::literals;
+  m.doc() = "Attention over compressed pages on CPUs; see cache_policies/kernels/cpu.py";
+  m.def("supported", &supported, "Instruction sets this CPU runs, best first.");
+  nb::class_<Layout>(m, "Layout");
+  m.def("layout", &make_layout, nb::kw_only(), "kind"_a, "store_dtype"_a, "ring_dtype"_a,
+        "head_size"_a, "page_tokens"_a, "ring_tokens"_a, "ring_pages"_a, "k_bits"_a, "v_bits"_a,
+        "group"_a, "keys_per_channel"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
+        "value_scale"_a, "value_min"_a, "run_bytes"_a);
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<const std::string&, const Layout&, int, int, int, float, bool>(), "isa"_a,
+           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "integer_dot"_a)
+      .def("set_batch", &Layer::set_batch)
+      .def("set_pages", &Layer::set_pages)
+      .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
+      .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>());
+}

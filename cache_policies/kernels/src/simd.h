@@ -1,0 +1,171 @@
+// Eight-lane floats and 32-byte integers for the instruction set this file is compiled for.
+// Included by one translation unit per instruction set, inside an anonymous namespace, so
+// that no function of one set can be linked into another. No std:: templates here for the
+// same reason.
+#pragma once
+
+#define KV_INLINE static inline __attribute__((always_inline))
+
+KV_INLINE float bits_to_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
+KV_INLINE uint32_t float_to_bits(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
+KV_INLINE float bf16_to_float(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+KV_INLINE uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays NaN
+  const uint32_t x = float_to_bits(f);
+  if ((x & 0x7fffffff) > 0x7f800000) return uint16_t((x >> 16) | 0x40);
+  return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX2__)
+typedef __m256 f8;
+KV_INLINE f8 f8_zero() { return _mm256_setzero_ps(); }
+KV_INLINE f8 f8_set(float x) { return _mm256_set1_ps(x); }
+KV_INLINE f8 f8_load(const float* p) { return _mm256_loadu_ps(p); }
+KV_INLINE void f8_store(float* p, f8 v) { _mm256_storeu_ps(p, v); }
+KV_INLINE f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
+KV_INLINE f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
+KV_INLINE f8 f8_abs(f8 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+KV_INLINE f8 f8_load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+KV_INLINE f8 f8_load_bf16(const uint16_t* p) {
+  const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+}
+KV_INLINE f8 f8_load_s8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+// eight codes: bits [shift, shift + bits) of eight 32-bit lanes
+KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
+  const __m256i v = _mm256_loadu_si256((const __m256i*)p);
+  const __m256i x = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
+}
+KV_INLINE float f8_sum(f8 v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+KV_INLINE float f8_hmax(f8 v) {
+  __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+KV_INLINE f8 f8_pow2(f8 r) {  // r holds whole numbers in [-126, 127]
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(r), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+KV_INLINE f8 f8_round(f8 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+KV_INLINE void f8_transpose(f8 r[8]) {
+  f8 a[8], b[8];
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    b[4 * i + 0] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    r[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+}
+// sums (maxima) of eight vectors, as the lanes of one; shuffles, since hadd is slow on AMD
+#define KV_REDUCE8(OP)                                                                     \
+  f8 a[4], b[2];                                                                           \
+  for (int i = 0; i < 4; i++)                                                              \
+    a[i] = OP(_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1])); \
+  for (int i = 0; i < 2; i++)                                                              \
+    b[i] = OP(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee)); \
+  return OP(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))
+KV_INLINE f8 f8_sum8(const f8 r[8]) { KV_REDUCE8(_mm256_add_ps); }
+KV_INLINE f8 f8_max8(const f8 r[8]) { KV_REDUCE8(_mm256_max_ps); }
+KV_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+KV_INLINE float f16_to_float(uint16_t x) { return _cvtsh_ss(x); }
+KV_INLINE uint16_t float_to_f16(float f) { return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
+
+#else  // portable: GCC vectors, lowered to what the base instruction set has
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8x __attribute__((vector_size(32)));
+KV_INLINE f8 f8_set(float x) { return f8{x, x, x, x, x, x, x, x}; }
+KV_INLINE f8 f8_zero() { return f8_set(0.f); }
+KV_INLINE f8 f8_load(const float* p) { f8 v; memcpy(&v, p, 32); return v; }
+KV_INLINE void f8_store(float* p, f8 v) { memcpy(p, &v, 32); }
+KV_INLINE f8 f8_fma(f8 a, f8 b, f8 c) { return a * b + c; }
+KV_INLINE f8 f8_max(f8 a, f8 b) { return a > b ? a : b; }
+KV_INLINE float f16_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 0) return bits_to_float(sign | float_to_bits(float(mantissa) * 5.9604644775390625e-8f));
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13);
+  return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+KV_INLINE uint16_t float_to_f16(float f) {  // round to nearest even
+  const uint32_t x = float_to_bits(f), sign = (x >> 16) & 0x8000, a = x & 0x7fffffff;
+  if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (a < 0x38800000) {  // subnormal: let the float adder do the rounding
+    return uint16_t(sign | (float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+}
+KV_INLINE f8 f8_load_f16(const uint16_t* p) { f8 v; for (int i = 0; i < 8; i++) v[i] = f16_to_float(p[i]); return v; }
+KV_INLINE f8 f8_load_bf16(const uint16_t* p) { f8 v; for (int i = 0; i < 8; i++) v[i] = bf16_to_float(p[i]); return v; }
+KV_INLINE f8 f8_load_s8(const int8_t* p) { f8 v; for (int i = 0; i < 8; i++) v[i] = float(p[i]); return v; }
+KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
+  i8x v;
+  memcpy(&v, p, 32);
+  return __builtin_convertvector((v >> shift) & ((1 << bits) - 1), f8);
+}
+KV_INLINE float f8_sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+KV_INLINE float f8_hmax(f8 v) { float m = v[0]; for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m; return m; }
+KV_INLINE f8 f8_round(f8 a) { for (int i = 0; i < 8; i++) a[i] = rintf(a[i]); return a; }
+KV_INLINE f8 f8_pow2(f8 r) {
+  const i8x e = (__builtin_convertvector(r, i8x) + 127) << 23;
+  f8 v;
+  memcpy(&v, &e, 32);
+  return v;
+}
+KV_INLINE void f8_transpose(f8 r[8]) {
+  for (int i = 0; i < 8; i++)
+    for (int j = i + 1; j < 8; j++) { const float t = r[i][j]; r[i][j] = r[j][i]; r[j][i] = t; }
+}
+KV_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+KV_INLINE f8 f8_sum8(const f8 r[8]) { f8 v; for (int i = 0; i < 8; i++) v[i] = f8_sum(r[i]); return v; }
+#endif
+
+// 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
+KV_INLINE f8 f8_exp2(f8 x) {
+  x = f8_max(x, f8_set(-126.f));
+  const f8 r = f8_round(x), t = x - r;  // t in [-0.5, 0.5]
+  f8 p = f8_set(1.5403530393e-4f);
+  p = f8_fma(p, t, f8_set(1.3333558146e-3f));
+  p = f8_fma(p, t, f8_set(9.6181291076e-3f));
+  p = f8_fma(p, t, f8_set(5.5504108665e-2f));
+  p = f8_fma(p, t, f8_set(2.4022650696e-1f));
+  p = f8_fma(p, t, f8_set(6.9314718056e-1f));
+  p = f8_fma(p, t, f8_set(1.f));
+  return p * f8_pow2(r);
+}
+
+// Widest vector, for the matrix products of prefill.
+#if defined(__AVX512F__)
+typedef __m512 fw;
+enum { FW = 16 };
+KV_INLINE fw fw_set(float x) { return _mm512_set1_ps(x); }
+KV_INLINE fw fw_load(const float* p) { return _mm512_loadu_ps(p); }
+KV_INLINE void fw_store(float* p, fw v) { _mm512_storeu_ps(p, v); }
+KV_INLINE fw fw_fma(fw a, fw b, fw c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+typedef f8 fw;
+enum { FW = 8 };
+KV_INLINE fw fw_set(float x) { return f8_set(x); }
+KV_INLINE fw fw_load(const float* p) { return f8_load(p); }
+KV_INLINE void fw_store(float* p, fw v) { f8_store(p, v); }
+KV_INLINE fw fw_fma(fw a, fw b, fw c) { return f8_fma(a, b, c); }
+#endif
+
+KV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
+KV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
+KV_INLINE float max_float(float a, float b) { return a > b ? a : b; }

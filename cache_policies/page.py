@@ -1,0 +1,128 @@
+"""Fields of a page, declared once; sizes, offsets and views derive from the declaration.
+
+A *page* is one vLLM block of one layer. vLLM sees opaque bytes; here every KV head
+owns a contiguous run of ``head_bytes`` bytes in it::
+
+    page of one layer:  | head 0: field, field, ... | head 1: field, field, ... | ...
+
+A ring page is the same run of bytes read differently: ``ring_tokens`` rows of
+``[key | value]`` in 16-bit floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from cache_policies.codecs.base import Codec
+
+ALIGNMENT = 64  # bytes; a cache line, so no field of one head shares a line with the next
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array inside a page, per KV head.
+
+    Attributes:
+        name: e.g. ``key`` or ``value_scale``.
+        dtype: element type.
+        shape: shape for one KV head, without the head axis.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes for one KV head."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where every field of a page lies, for one codec and one layer shape.
+
+    Attributes:
+        codec: the codec that owns the fields.
+        head_size: channels of one KV head.
+        page_tokens: tokens a store page holds (vLLM's block size).
+        model_dtype: dtype of the keys and values the model produces.
+    """
+
+    codec: Codec
+    head_size: int
+    page_tokens: int
+    model_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.codec.check(self.head_size, self.page_tokens, self.model_dtype)
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The codec's declaration for this shape."""
+        return self.codec.fields(self.head_size, self.page_tokens, self.model_dtype)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of every field inside one head's run."""
+        offsets, position = {}, 0
+        for field in self.fields:
+            offsets[field.name] = position
+            position += field.num_bytes
+        return offsets
+
+    @cached_property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head in one page: a multiple of the page's tokens and of 64."""
+        used = sum(field.num_bytes for field in self.fields)
+        # vLLM states page content per token, so the run must divide by page_tokens too.
+        step = max(self.page_tokens, ALIGNMENT)
+        return -(-used // step) * step
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Store bytes of one token in one KV head, keys and values together."""
+        return self.head_bytes / self.page_tokens
+
+    @property
+    def ring_dtype(self) -> torch.dtype:
+        """16-bit type of the recent window; bfloat16 only where the model is bfloat16."""
+        return torch.bfloat16 if self.model_dtype == torch.bfloat16 else torch.float16
+
+    @cached_property
+    def ring_tokens(self) -> int:
+        """Recent tokens one ring page holds."""
+        return self.head_bytes // (2 * self.head_size * self.ring_dtype.itemsize)
+
+    @cached_property
+    def ring_pages(self) -> int:
+        """Ring pages of one request; 0 for codecs that encode a token at once."""
+        return -(-self.codec.residual // self.ring_tokens) if self.codec.residual else 0
+
+    def views(self, page: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Typed views of a store page.
+
+        Args:
+            page: ``[num_kv_heads, head_bytes]`` uint8, last axis contiguous.
+
+        Returns:
+            field name -> ``[num_kv_heads, *field.shape]``, sharing memory with ``page``.
+        """
+        return {
+            field.name: page[:, self.offsets[field.name] :][:, : field.num_bytes]
+            .view(field.dtype)
+            .unflatten(-1, field.shape)
+            for field in self.fields
+        }
+
+    def ring_view(self, page: torch.Tensor) -> torch.Tensor:
+        """A ring page as ``[num_kv_heads, ring_tokens, 2 * head_size]`` (key, then value)."""
+        row_bytes = 2 * self.head_size * self.ring_dtype.itemsize
+        used = page[:, : self.ring_tokens * row_bytes]
+        return used.view(self.ring_dtype).unflatten(-1, (self.ring_tokens, 2 * self.head_size))

@@ -1,0 +1,21 @@
+"""The only folder that imports vLLM internals (0.32).
+
+``register`` is the entry point ``vllm.general_plugins``; vLLM calls it in every process,
+before any configuration exists. It stays light: vLLM only logs an import error here, so
+``guard.PolicyGuard`` checks in the workers that the registration took effect.
+"""
+
+BACKEND_PATH = "cache_policies.vllm_plugin.backend.RingStoreBackend"
+
+
+def register() -> None:
+    """Put our attention backend in the place of vLLM's CPU backend.
+
+    The CPU platform will choose no other. Without a policy the backend hands every layer to
+    the stock implementation. Can go when vLLM lets a plugin choose a backend per layer.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)

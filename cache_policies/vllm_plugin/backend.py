@@ -1,0 +1,220 @@
+"""The workers' side: attention over ring and store pages.
+
+The CPU platform knows a single backend, so this one serves every layer: full-attention
+decoder layers under a policy are ours, all others get vLLM's stock objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from cache_policies.errors import PolicyError
+from cache_policies.kernels import kernel_class
+from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.page import PageLayout
+from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
+from cache_policies.vllm_plugin.spec import RingStoreSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from cache_policies.kernels.contract import Kernel
+
+
+class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
+    """vLLM's CPU backend, with our objects for the layers that are ours."""
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        return RingStoreImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        return RingStoreMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        policy = RingStoreImpl.policy_in_use
+        if policy is None or type(spec) is not FullAttentionSpec or spec.sliding_window:
+            return spec
+        return RingStoreSpec.of(spec, policy)
+
+
+@dataclass
+class RingStoreMetadata:
+    """One step: the batch in the kernels' terms.
+
+    Attributes:
+        batch: counts and block table.
+        num_tokens: fresh tokens, without padding.
+    """
+
+    batch: Batch
+    num_tokens: int
+
+
+class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    """Applies the plan to vLLM's view of a step."""
+
+    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
+        """Our builder for our specs, the stock one for the others."""
+        if isinstance(kv_cache_spec, RingStoreSpec):
+            return super().__new__(cls)
+        return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
+
+    def __init__(
+        self,
+        kv_cache_spec: RingStoreSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.plan = kv_cache_spec.plan
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,  # noqa: ARG002
+    ) -> RingStoreMetadata:
+        assert common_prefix_len == 0
+        count = common_attn_metadata.num_reqs
+        start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
+        lengths = common_attn_metadata.seq_lens[:count].numpy()
+        computed = lengths - (start[1:] - start[:-1])
+        table = common_attn_metadata.block_table_tensor[:count]
+        batch = Batch.of(self.plan, start, computed, table)
+        return RingStoreMetadata(batch, common_attn_metadata.num_actual_tokens)
+
+
+class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
+    """Attention of one layer that is ours."""
+
+    policy_in_use: str | None = None  # of this process; set when the first layer is made
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Our implementation for our layers, the stock one for the others."""
+        asked = settings(get_current_vllm_config())
+        cls.policy_in_use = str(asked.policy) if asked else None
+        if asked is None or not _is_full_attention(*args, **kwargs):
+            return CPUAttentionBackendImpl(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,  # noqa: ARG002
+        kv_cache_dtype: str = "auto",  # noqa: ARG002
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,  # noqa: ARG002
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        vllm_config = get_current_vllm_config()
+        refuse_engine(vllm_config)
+        features = {
+            "ALiBi": alibi_slopes,
+            "a logits soft cap": logits_soft_cap,
+            "attention sinks learned by the model": sinks,
+            "KV caches shared between layers": kv_sharing_target_layer_name,
+            **unknown,
+        }
+        for feature, value in features.items():
+            if value is not None and value != 0:
+                raise PolicyError(f"a cache policy cannot serve layers with {feature}")
+        asked = settings(vllm_config)
+        assert asked is not None
+        self.settings: Settings = asked
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size, self.scale = head_size, float(scale)
+        self.model_dtype = vllm_config.model_config.dtype
+        self.shape = Shape(num_heads, num_kv_heads, float(scale))
+        self._kernel_class = kernel_class(asked.kernel)
+        self._kernel: Kernel | None = None
+        # Refuses a head size or group now rather than in the first step.
+        self._layout(vllm_config.cache_config.block_size)
+
+    def _layout(self, page_tokens: int) -> PageLayout:
+        return PageLayout(
+            self.settings.policy.codec, self.head_size, page_tokens, self.model_dtype
+        )
+
+    def do_kv_cache_update(self, *_: Any) -> None:
+        """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
+
+    def forward(
+        self,
+        layer: torch.nn.Module,  # noqa: ARG002
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: RingStoreMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, then append.
+
+        Args:
+            layer: the vLLM layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``.
+            value: same shape as ``key``.
+            kv_cache: ``[num_pages, num_kv_heads, page_tokens, bytes per token]`` uint8.
+            attn_metadata: the step; None while warming up.
+            output: same shape as ``query``, written.
+            output_scale: must be None.
+            output_block_scale: must be None.
+        """
+        assert output_scale is None
+        assert output_block_scale is None
+        if attn_metadata is None:
+            return output
+        if self._kernel is None:
+            self._kernel = self._kernel_class(self._layout(kv_cache.shape[2]), self.shape)
+        count, batch, pages = attn_metadata.num_tokens, attn_metadata.batch, kv_cache.flatten(2)
+        key, value = key[:count], value[:count]
+        self._kernel.attend(pages, batch, query[:count], key, value, output[:count])
+        self._kernel.append(pages, batch, key, value)
+        return output
+
+
+def _is_full_attention(
+    num_heads: int,  # noqa: ARG001
+    head_size: int,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    num_kv_heads: int,  # noqa: ARG001
+    alibi_slopes: list[float] | None = None,  # noqa: ARG001
+    sliding_window: int | None = None,
+    kv_cache_dtype: str = "auto",  # noqa: ARG001
+    logits_soft_cap: float | None = None,  # noqa: ARG001
+    attn_type: str = AttentionType.DECODER,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Whether a layer with these arguments of an attention implementation is ours."""
+    return sliding_window is None and attn_type == AttentionType.DECODER

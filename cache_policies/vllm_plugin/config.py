@@ -1,0 +1,82 @@
+"""The plugin's settings, read from vLLM's ``--additional-config``, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from cache_policies.errors import PolicyError
+from cache_policies.policy import Policy, parse
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Attributes:
+        policy: the engine's cache policy.
+        kernel: ``auto``, ``cpu`` or ``reference``.
+    """
+
+    policy: Policy
+    kernel: str
+
+
+def settings(vllm_config: VllmConfig) -> Settings | None:
+    """The plugin's settings; None where no policy is given, and vLLM stays as it is.
+
+    Raises:
+        PolicyError: the policy or kernel is not valid.
+    """
+    extra = vllm_config.additional_config
+    if not isinstance(extra, dict) or POLICY_KEY not in extra:
+        if isinstance(extra, dict) and KERNEL_KEY in extra:
+            raise PolicyError(f"{KERNEL_KEY} is given without {POLICY_KEY}")
+        return None
+    return _settings(extra[POLICY_KEY], extra.get(KERNEL_KEY, "auto"))
+
+
+@lru_cache
+def _settings(policy: str, kernel: str) -> Settings:
+    return Settings(parse(policy), kernel)
+
+
+def refuse_engine(vllm_config: VllmConfig) -> None:
+    """Refuse engine features under which pages would be read or shared in ways not built yet.
+
+    Raises:
+        PolicyError: naming the feature and how to go on without it.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    reasons = (
+        (vllm_config.speculative_config, "speculative decoding; drop --speculative-config"),
+        (vllm_config.kv_transfer_config, "a KV connector; drop --kv-transfer-config"),
+        (model.use_mla, f"multi-head latent attention (MLA), which {model.model} uses"),
+        (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
+        (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
+        (_context_parallel(parallel), "context parallelism; drop the context-parallel flags"),
+        (
+            vllm_config.cache_config.cache_dtype != "auto",
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: the policy decides how "
+            "tokens are stored (allowed: auto)",
+        ),
+        (
+            vllm_config.use_v2_model_runner,
+            "vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+    )
+    for present, feature in reasons:
+        if present:
+            raise PolicyError(f"a cache policy cannot be combined with {feature}")
+
+
+def _context_parallel(parallel: Any) -> bool:
+    decode: int = parallel.decode_context_parallel_size
+    prefill: int = parallel.prefill_context_parallel_size
+    return decode > 1 or prefill > 1

@@ -1,0 +1,54 @@
+"""Makes sure that a policy, once asked for, is in force, or nothing is served.
+
+vLLM logs a general plugin's import error and goes on, and chooses other backends for some
+models. A logits processor is the official object that exists in every worker and sees every
+request's parameters; this one leaves the logits alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from cache_policies.errors import PolicyError
+from cache_policies.vllm_plugin import BACKEND_PATH
+from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_engine, settings
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+
+class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
+    """Entry point ``vllm.logits_processors``."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ARG002
+        if settings(vllm_config) is None:
+            return
+        refuse_engine(vllm_config)
+        active = AttentionBackendEnum.CPU_ATTN.get_path()
+        if active != BACKEND_PATH:
+            raise PolicyError(
+                f"the cache policy is not active in this worker: its attention backend is "
+                f"{active}. Is kvthrift missing from VLLM_PLUGINS, or did its plugin fail to load?"
+            )
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        if POLICY_KEY in (sampling_params.extra_args or {}):
+            raise ValueError(
+                f"{POLICY_KEY} cannot be chosen per request: it is a property of the server "
+                "(kvthrift serve --cache-policy ...)"
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits

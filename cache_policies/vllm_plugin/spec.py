@@ -1,0 +1,84 @@
+"""What vLLM's memory accounting knows of our pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Self
+
+import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from cache_policies.page import PageLayout
+from cache_policies.plan import Plan
+from cache_policies.policy import parse
+from cache_policies.vllm_plugin.manager import RingStoreManager
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
+    """Ring and store pages of one attention layer; the scheduler receives it pickled.
+
+    Attributes:
+        policy: canonical policy string.
+        model_dtype: dtype of keys and values; ``dtype`` itself is uint8, the pages' type.
+    """
+
+    policy: str
+    model_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, policy: str) -> RingStoreSpec:
+        """Our spec of a layer for which vLLM made ``spec``."""
+        given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+        given.update(dtype=torch.uint8, policy=policy, model_dtype=spec.dtype)
+        return cls(**given)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        if any(spec != specs[0] for spec in specs):
+            raise AssertionError("layers of one KV cache group must have the same page layout")
+        return specs[0]
+
+    @property
+    def layout(self) -> PageLayout:
+        """Page fields; vLLM may change the block size, so they are derived from it."""
+        return _layout(self.policy, self.head_size, self.block_size, self.model_dtype)
+
+    @property
+    def plan(self) -> Plan:
+        """Token arithmetic of the policy."""
+        return Plan.of(self.layout)
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        """Bytes of a page per KV head and token."""
+        return self.layout.head_bytes // self.block_size
+
+    @property
+    def block_table_token_alignment(self) -> int | None:
+        return None
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        pages = self.plan.pages(vllm_config.model_config.max_model_len)
+        return int(pages * self.page_size_bytes)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:  # noqa: ARG002
+        return self.plan.pages(max_len)
+
+
+@lru_cache
+def _layout(policy: str, head_size: int, page_tokens: int, dtype: torch.dtype) -> PageLayout:
+    return PageLayout(parse(policy).codec, head_size, page_tokens, dtype)
+
+
+# Registering alone would leave out vLLM's own specs, which register themselves only when the
+# registry is still empty. Can go when register() does this itself.
+KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001
+KVCacheSpecRegistry.register(
+    RingStoreSpec, RingStoreManager, uniform_type_base_spec=FullAttentionSpec
+)

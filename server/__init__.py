@@ -1,0 +1,1 @@
+"""The ``kvthrift`` command and what it serves."""

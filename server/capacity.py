@@ -1,0 +1,81 @@
+"""What a policy costs and holds, computed from the page declaration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_policies.page import PageLayout
+from cache_policies.plan import Plan
+from cache_policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides the size of its cache.
+
+    Attributes:
+        layers: attention layers.
+        num_kv_heads: KV heads of a layer.
+        head_size: channels of a KV head.
+        dtype: dtype the model runs in.
+    """
+
+    layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype) -> ModelShape:
+        """Read ``config.json`` of a model folder."""
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A policy on a model with so much memory.
+
+    Attributes:
+        bytes_per_token: store bytes of a token in all layers.
+        ring_bytes: bytes of a request's recent window in all layers.
+        requests: requests of the given length that fit together, ring included.
+        ratio: 16-bit bytes of such a request divided by its bytes under the policy.
+    """
+
+    bytes_per_token: float
+    ring_bytes: int
+    requests: int
+    ratio: float
+
+
+def capacity(
+    policy: Policy, shape: ModelShape, memory: int, tokens: int, page_tokens: int = 128
+) -> Capacity:
+    """Capacity of ``memory`` bytes for requests of ``tokens`` tokens each.
+
+    Raises:
+        PolicyError: the policy cannot store this shape.
+    """
+    layout = PageLayout(policy.codec, shape.head_size, page_tokens, shape.dtype)
+    plan = Plan.of(layout)
+    page_bytes = layout.head_bytes * shape.num_kv_heads * shape.layers
+    pages = int(plan.pages(tokens))
+    half = tokens * 4 * shape.head_size * shape.num_kv_heads * shape.layers
+    return Capacity(
+        bytes_per_token=page_bytes / page_tokens,
+        ring_bytes=plan.ring_pages * page_bytes,
+        requests=memory // page_bytes // pages,
+        ratio=half / (pages * page_bytes),
+    )

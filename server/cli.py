@@ -1,0 +1,110 @@
+"""The ``kvthrift`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cache_policies.codecs import CODECS
+from cache_policies.errors import PolicyError
+from cache_policies.policy import parameters, parse
+from server.capacity import ModelShape, capacity
+from server.models import MODELS, ModelError, get_model, model_path
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+model_app = typer.Typer(no_args_is_help=True, help="Small models that come from PyPI.")
+app.add_typer(model_app, name="model")
+console = Console()
+errors = Console(stderr=True)
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+EVERYTHING = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def main() -> None:
+    """Entry point; errors a user can mend are one line and exit status 2."""
+    try:
+        app()
+    except (PolicyError, ModelError) as error:
+        errors.print(f"[red]kvthrift: {error}[/red]", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+@app.command(context_settings=EVERYTHING, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve MODEL over the OpenAI API: --cache-policy P and every flag of vLLM's serve."""
+    from server.serve import run
+
+    run(context.args)
+
+
+@app.command()
+def policies(
+    model: Annotated[str, typer.Option(help="embedded model or model folder")] = "smollm2-135m",
+    memory: Annotated[str, typer.Option(help="cache memory, e.g. 512M or 4G")] = "1G",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of a request")] = 8192,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+) -> None:
+    """List the policies: what each keeps and loses, its size and capacity."""
+    shape = _shape(model, dtype)
+    size = _bytes(memory)
+    table = Table(title=f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens")
+    for heading in ("policy", "parameters", "keeps", "loses", "bytes/token", "requests", "x 16 bit"):
+        table.add_column(heading, overflow="fold")
+    for name, entry in CODECS.items():
+        shown = ", ".join(f"{k}={v}" for k, v in parameters(entry).items())
+        about = (name, shown, entry.cls.keeps, entry.cls.loses)
+        try:
+            result = capacity(parse(name), shape, size, tokens)
+        except PolicyError as error:
+            table.add_row(*about, f"[dim]{error}[/dim]", "", "")
+            continue
+        numbers = (f"{result.bytes_per_token:,.0f}", str(result.requests), f"{result.ratio:.2f}")
+        table.add_row(*about, *numbers)
+    console.print(table)
+
+
+@model_app.command("list")
+def list_models() -> None:
+    """List the embedded models."""
+    table = Table()
+    for heading in ("name", "in the cache", "about"):
+        table.add_column(heading)
+    for name, model in MODELS.items():
+        present = "yes" if (model_path(name) / "config.json").exists() else "no"
+        table.add_row(name, present, model.about)
+    console.print(table)
+
+
+@model_app.command("get")
+def get(name: str) -> None:
+    """Fetch an embedded model into the cache and print its folder."""
+    typer.echo(get_model(name))
+
+
+@model_app.command("path")
+def path(name: str) -> None:
+    """Print where an embedded model is, or will be."""
+    typer.echo(model_path(name))
+
+
+def _shape(model: str, dtype: str) -> ModelShape:
+    kind = getattr(torch, dtype, None)
+    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PolicyError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    folder = get_model(model) if model in MODELS else Path(model)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{model!r} is neither one of {', '.join(MODELS)} nor a model folder")
+    return ModelShape.from_folder(folder, kind)
+
+
+def _bytes(text: str) -> int:
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in UNITS or not number.isdigit():
+        raise PolicyError(f"memory {text!r} is not a whole number followed by K, M or G")
+    return int(number) * UNITS[unit]

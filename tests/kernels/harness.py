@@ -1,0 +1,73 @@
+"""Random batches over random pages: what the kernel tests and the benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.page import PageLayout
+from cache_policies.plan import Plan
+from cache_policies.policy import parse
+
+# Largest allowed difference of outputs of order 1, by model dtype. float32: summation order,
+# and the rounding of integer dot products (see docs/benchmarks.md); the others: half a unit
+# in the last place of the output, and the same.
+TOLERANCE = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+EXACT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # no integer dots
+
+
+@dataclass
+class Setup:
+    """One layer with its pages."""
+
+    layout: PageLayout
+    shape: Shape
+    pages: torch.Tensor
+    block_table: torch.Tensor
+
+    @classmethod
+    def make(
+        cls,
+        policy: str,
+        *,
+        seqs: int = 2,
+        heads: int = 6,
+        kv_heads: int = 2,
+        head_size: int = 64,
+        page_tokens: int = 128,
+        max_tokens: int = 600,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Setup:
+        layout = PageLayout(parse(policy).codec, head_size, page_tokens, dtype)
+        plan = Plan.of(layout)
+        row = plan.ring_pages + -(-max_tokens // page_tokens)
+        rng = torch.Generator().manual_seed(seed)
+        # 0xFF is a NaN in every float type: what is read before it was written shows
+        pages = torch.full((seqs * row + 1, kv_heads, layout.head_bytes), 255, dtype=torch.uint8)
+        order = torch.randperm(seqs * row, generator=rng) + 1
+        table = order.to(torch.int32).reshape(seqs, row)
+        return cls(layout, Shape(heads, kv_heads, head_size**-0.5), pages, table)
+
+    def batch(self, computed: list[int], fresh: list[int]) -> Batch:
+        start = np.concatenate([[0], np.cumsum(fresh)]).astype(np.int32)
+        return Batch.of(
+            Plan.of(self.layout), start, np.array(computed, dtype=np.int32), self.block_table
+        )
+
+    def tokens(self, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rng = torch.Generator().manual_seed(seed)
+        d, dtype = self.layout.head_size, self.layout.model_dtype
+        shapes = [(count, h, d) for h in (self.shape.num_heads, *[self.shape.num_kv_heads] * 2)]
+        q, k, v = (torch.randn(s, generator=rng).to(dtype) for s in shapes)
+        return q, k, v
+
+    def fill(self, computed: list[int], seed: int = 1) -> None:
+        """Make ``computed`` tokens present, through the reference kernel."""
+        kernel = ReferenceKernel(self.layout, self.shape)
+        _, k, v = self.tokens(sum(computed), seed)
+        kernel.append(self.pages, self.batch([0] * len(computed), computed), k, v)
