@@ -16,7 +16,9 @@ from cache_policies.policy import parameters, parse
 from server.capacity import ModelShape, capacity
 from server.models import MODELS, ModelError, get_model, model_path
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 model_app = typer.Typer(no_args_is_help=True, help="Small models that come from PyPI.")
 app.add_typer(model_app, name="model")
 console = Console()

@@ -39,7 +39,7 @@ class Setup:
         kv_heads: int = 2,
         head_size: int = 64,
         page_tokens: int = 128,
-        max_tokens: int = 600,
+        max_tokens: int = 640,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Setup:

@@ -1,0 +1,1 @@
+"""Replays long-context prompts against a server, scores the answers, reads its metrics."""

@@ -1,0 +1,5 @@
+"""``python -m server``: the kvthrift command of exactly this interpreter."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,185 @@
+"""The C++ kernels against the reference: attention within tolerance, pages byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cache_policies.codecs import CODECS
+from cache_policies.errors import PolicyError
+from cache_policies.kernels import kernel_class
+from cache_policies.kernels.contract import Shape
+from cache_policies.kernels.cpu import CpuKernel, supported_isas
+from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.page import PageLayout
+from cache_policies.policy import parse
+from tests.kernels.harness import EXACT, TOLERANCE, Setup
+
+POLICIES = (
+    *CODECS,
+    "flexgen-4bit(group=16)", "flexgen-4bit(group=64)", "kivi(k_bits=2,v_bits=4)",
+    "kivi(k_bits=4,v_bits=2)", "kivi(k_bits=8,v_bits=8)", "kivi-4bit(group=16,residual=64)",
+    "kivi-2bit(group=64)", "kivi-2bit(group=32,residual=32)",
+)  # fmt: skip
+# Around the edges of octets, spans, rings and pages.
+LENGTHS = st.one_of(
+    st.sampled_from((0, 1, 7, 8, 31, 32, 33, 63, 64, 127, 128, 129, 255, 256, 257, 384)),
+    st.integers(0, 500),
+)
+SEQUENCES = st.lists(st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))), min_size=1, max_size=4)
+quick = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+def _compare(setup: Setup, sequences: list[tuple[int, int]], tolerance: float, **options: object) -> None:
+    computed, fresh = [c for c, _ in sequences], [f for _, f in sequences]
+    setup.fill(computed)
+    batch = setup.batch(computed, fresh)
+    query, key, value = setup.tokens(sum(fresh), seed=7)
+    expected, got = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
+    pages = setup.pages.clone(), setup.pages.clone()
+    reference = ReferenceKernel(setup.layout, setup.shape)
+    kernel = CpuKernel(setup.layout, setup.shape, **options)  # type: ignore[arg-type]
+    reference.attend(pages[0], batch, query, key, value, expected)
+    kernel.attend(pages[1], batch, query, key, value, got)
+    assert expected.isfinite().all(), "the test itself read what was never written"
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+    reference.append(pages[0], batch, key, value)
+    kernel.append(pages[1], batch, key, value)
+    assert torch.equal(*pages)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("policy", POLICIES)
+@quick
+@given(
+    sequences=SEQUENCES,
+    heads=st.sampled_from(((1, 1), (3, 3), (6, 2), (4, 1), (9, 3), (7, 1))),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    seed=st.integers(0, 9),
+)
+def test_equals_reference(
+    policy: str,
+    isa: str,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    setup = Setup.make(
+        policy, seqs=len(sequences), heads=heads[0], kv_heads=heads[1], dtype=dtype, seed=seed
+    )
+    _compare(setup, sequences, TOLERANCE[dtype], isa=isa)
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("page_tokens", [32, 64, 128, 256])
+@pytest.mark.parametrize(
+    "policy",
+    ["raw", "fp16", "int8", "flexgen-4bit(group=16)", "kivi-4bit(group=16,residual=32)",
+     "kivi-2bit(group=32,residual=32)"],
+)  # fmt: skip
+def test_head_and_page_sizes(policy: str, head_size: int, page_tokens: int) -> None:
+    try:
+        setup = Setup.make(policy, head_size=head_size, page_tokens=page_tokens)
+    except PolicyError as error:
+        assert "does not divide head size 80" in str(error)  # noqa: PT017
+        pytest.skip("this group does not divide this head size, and is refused")
+    _compare(setup, [(300, 1), (97, 40)], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_and_splits_do_not_change_the_result(policy: str, threads: int) -> None:
+    """One long sequence is split over its pages, and joined."""
+    setup = Setup.make(policy, seqs=1, heads=3, kv_heads=1, max_tokens=2000)
+    _compare(setup, [(1900, 1)], TOLERANCE[torch.float32], num_threads=threads)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_integer_dots_only_summation_order_differs(policy: str) -> None:
+    setup = Setup.make(policy)
+    _compare(setup, [(300, 1), (129, 70)], EXACT[torch.float32], integer_dot=False)
+
+
+@pytest.mark.parametrize("policy", ["flexgen-4bit", "kivi-4bit", "kivi-2bit"])
+def test_integer_rounding_stays_under_a_tenth_of_the_codec(policy: str) -> None:
+    """Measured on the output: what integer dot products add, beside what the codec loses."""
+    setup = Setup.make(policy, seqs=1, heads=9, kv_heads=3, max_tokens=4096)
+    kernel = ReferenceKernel(setup.layout, setup.shape)
+    _, key, value = setup.tokens(4000, seed=1)
+    kernel.append(setup.pages, setup.batch([0], [4000]), key, value)
+    query, fresh_key, fresh_value = setup.tokens(1, seed=2)
+    batch = setup.batch([4000], [1])
+    results = []
+    for integer_dot in (False, True):
+        output = torch.empty_like(query)
+        CpuKernel(setup.layout, setup.shape, integer_dot=integer_dot).attend(
+            setup.pages, batch, query, fresh_key, fresh_value, output
+        )
+        results.append(output)
+    exact = Setup.make("raw", seqs=1, heads=9, kv_heads=3, max_tokens=4096)
+    raw = ReferenceKernel(exact.layout, exact.shape)
+    raw.append(exact.pages, exact.batch([0], [4000]), key, value)
+    truth = torch.empty_like(query)
+    raw.attend(exact.pages, exact.batch([4000], [1]), query, fresh_key, fresh_value, truth)
+    codec = (results[0] - truth).norm()
+    assert (results[1] - results[0]).norm() < 0.1 * codec
+
+
+def test_queries_with_outlier_channels_keep_the_rounding_bound() -> None:
+    """Real queries have a few large channels; the shared rounding step must still be fine."""
+    setup = Setup.make("kivi-4bit", seqs=1, heads=3, kv_heads=1, max_tokens=1100)
+    setup.fill([1024])
+    query, key, value = setup.tokens(1, seed=3)
+    query[..., :2] *= 20
+    batch, outputs = setup.batch([1024], [1]), []
+    for integer_dot in (False, True):
+        outputs.append(torch.empty_like(query))
+        CpuKernel(setup.layout, setup.shape, integer_dot=integer_dot).attend(
+            setup.pages, batch, query, key, value, outputs[-1]
+        )
+    assert (outputs[0] - outputs[1]).norm() < 0.01 * outputs[0].norm()
+
+
+def test_wrong_arguments_are_refused_before_an_address_is_used() -> None:
+    setup = Setup.make("fp16")
+    kernel = CpuKernel(setup.layout, setup.shape)
+    batch = setup.batch([0, 0], [1, 1])
+    query, key, value = setup.tokens(2, seed=0)
+    with pytest.raises(ValueError, match="query must be torch.float32"):
+        kernel.attend(setup.pages, batch, query.half(), key, value, query)
+    with pytest.raises(ValueError, match="key has shape"):
+        kernel.append(setup.pages, batch, key[:, :1], value)
+    with pytest.raises(ValueError, match="page shape"):
+        kernel.append(setup.pages[:, :1], batch, key, value)
+
+
+def test_too_many_query_heads_of_a_kv_head_are_refused() -> None:
+    layout = PageLayout(parse("fp16").codec, 64, 128, torch.float32)
+    with pytest.raises(PolicyError, match="more than 192 query heads"):
+        CpuKernel(layout, Shape(193, 1, 0.125))
+
+
+def test_the_kernel_can_be_chosen() -> None:
+    assert kernel_class("cpu") is CpuKernel
+    assert kernel_class("auto") is CpuKernel
+    assert kernel_class("reference") is ReferenceKernel
+    with pytest.raises(PolicyError, match="allowed: auto, cpu, reference"):
+        kernel_class("cuda")
+
+
+def test_a_failed_load_falls_back_once_with_a_warning_or_fails_if_forced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel_class.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cache_policies.kernels.cpu", None)
+    assert kernel_class("auto") is ReferenceKernel
+    assert kernel_class("auto") is ReferenceKernel
+    assert sum("cannot be loaded" in r.message for r in caplog.records) == 1
+    with pytest.raises(PolicyError, match="cache_kernel=cpu cannot be loaded"):
+        kernel_class("cpu")
+    kernel_class.cache_clear()
