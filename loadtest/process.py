@@ -16,6 +16,14 @@ from pathlib import Path
 import httpx
 
 
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # vLLM's default keeps a core for its scheduler: half of a two-core machine.
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+}
+
+
 class ServerError(RuntimeError):
     """The server did not come up; the message ends with the end of its log."""
 
@@ -59,7 +67,7 @@ def running_server(
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    environment = {**_ENVIRONMENT, **os.environ}
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(

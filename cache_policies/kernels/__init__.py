@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def kernel_class(name: str) -> type[Kernel]:
-    """The kernel class a user asked for; the choice is logged once.
+    """The kernel class a user asked for; a fall-back is logged once.
 
     Args:
         name: one of ``KERNELS``.
@@ -32,7 +32,7 @@ def kernel_class(name: str) -> type[Kernel]:
     if name == "reference":
         return ReferenceKernel
     try:
-        from cache_policies.kernels.cpu import CpuKernel, supported_isas
+        from cache_policies.kernels.cpu import CpuKernel
     except ImportError as error:
         if name == "cpu":
             raise PolicyError(f"cache_kernel=cpu cannot be loaded: {error}") from error
@@ -42,5 +42,4 @@ def kernel_class(name: str) -> type[Kernel]:
             error,
         )
         return ReferenceKernel
-    logger.info("kvthrift attention kernel: cpu (%s)", supported_isas()[0])
     return CpuKernel

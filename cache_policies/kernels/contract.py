@@ -87,6 +87,10 @@ class Kernel(Protocol):
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None: ...
 
+    @classmethod
+    def summary(cls) -> str:
+        """Name and variant, for the log."""
+
     def attend(
         self,
         pages: torch.Tensor,

@@ -68,6 +68,10 @@ class CpuKernel:
             integer_dot,
         )
 
+    @classmethod
+    def summary(cls) -> str:
+        return f"cpu ({supported_isas()[0]})"
+
     def attend(
         self,
         pages: torch.Tensor,

@@ -22,6 +22,10 @@ class ReferenceKernel:
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
 
+    @classmethod
+    def summary(cls) -> str:
+        return "reference (plain torch, slow)"
+
     def attend(
         self,
         pages: torch.Tensor,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from cache_policies.kernels.contract import Kernel
+
+
+# vLLM shows only loggers below its own name.
+logger = init_logger("vllm.kvthrift")
 
 
 class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
@@ -154,6 +159,11 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.shape = Shape(num_heads, num_kv_heads, float(scale))
         self._kernel_class = kernel_class(asked.kernel)
         self._kernel: Kernel | None = None
+        logger.info_once(
+            "kvthrift: cache policy %s, attention kernel %s",
+            str(asked.policy),
+            self._kernel_class.summary(),
+        )
         # Refuses a head size or group now rather than in the first step.
         self._layout(vllm_config.cache_config.block_size)
 

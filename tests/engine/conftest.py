@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+}
+Program = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def program() -> Program:
+    """Run a program of ``tests.engine.programs`` in its own process and return its result."""
+
+    def run(name: str, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.engine.programs", name],
+            input=json.dumps(arguments), capture_output=True, text=True, timeout=400, check=False,
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers, 4 query and 2 KV heads of 64: fast, and divisible by two."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {chr(300 + i): i for i in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model; fetched into the user's cache on the first run."""
+    from server.models import get_model
+
+    return get_model("smollm2-135m")

@@ -1,0 +1,146 @@
+"""What the engine tests run, each in a process of its own: ``python -m tests.engine.programs``.
+
+One engine a process: vLLM keeps global state. A program gets the engine's arguments, returns
+something JSON can hold, and prints it on the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from typing import Any
+
+
+def engine(model: str, policy: str | None, **options: Any) -> Any:
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0,
+        "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256, "block_size": 128,
+        "disable_log_stats": False,
+    }  # fmt: skip
+    if policy is not None:
+        defaults["additional_config"] = {"cache_policy": policy}
+    return LLM(model, **{**defaults, **options})
+
+
+def _pool(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+
+
+def _preemptions(llm: Any) -> int:
+    return next(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def _generate(
+    llm: Any, prompts: list[list[int]], max_tokens: int, salt: str | None = None, **sampling: Any
+) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=sampling.pop("temperature", 0), max_tokens=max_tokens, logprobs=1,
+        ignore_eos=True, **sampling,
+    )  # fmt: skip
+    requests = [{"prompt_token_ids": p, **({"cache_salt": salt} if salt else {})} for p in prompts]
+    return [
+        {
+            "tokens": [list(c.token_ids) for c in out.outputs],
+            "logprobs": [
+                [step[t].logprob for step, t in zip(c.logprobs, c.token_ids, strict=True)]
+                for c in out.outputs
+            ],
+            "cached": out.num_cached_tokens,
+        }
+        for out in llm.generate(requests, parameters, use_tqdm=False)
+    ]
+
+
+def generate(
+    model: str, policy: str | None, prompts: list[list[int]], max_tokens: int = 24, **options: Any
+) -> dict[str, Any]:
+    """Greedy tokens and logprobs of a batch, and the pool afterwards."""
+    sampling = options.pop("sampling", {})
+    llm = engine(model, policy, **options)
+    results = _generate(llm, prompts, max_tokens, **sampling)
+    pool = _pool(llm)
+    layer = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
+    return {
+        "results": results,
+        "free": pool.get_num_free_blocks(),
+        "total": pool.num_gpu_blocks - 1,  # vLLM keeps one null block
+        "preemptions": _preemptions(llm),
+        "impl": type(layer.impl).__name__,
+    }
+
+
+def twice(
+    model: str, policy: str, prompts: list[list[int]], max_tokens: int = 24, **options: Any
+) -> list[Any]:
+    """The same prompts fresh, again (hitting the prefix cache), and fresh under a salt."""
+    llm = engine(model, policy, **options)
+    return [_generate(llm, prompts, max_tokens, salt) for salt in (None, None, "other")]
+
+
+def alone(
+    model: str, policy: str, prompts: list[list[int]], max_tokens: int = 24, **options: Any
+) -> list[Any]:
+    """One request after the other, prefix caching off."""
+    llm = engine(model, policy, enable_prefix_caching=False, **options)
+    return [_generate(llm, [prompt], max_tokens)[0] for prompt in prompts]
+
+
+def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> dict[str, int]:
+    """Random requests with random cancellations in a tiny pool; then every page must be free."""
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, **options)
+    rng, core = random.Random(seed), llm.llm_engine
+    pool = _pool(llm)
+    before, waiting, alive, finished, cancelled, owned_twice = pool.get_num_free_blocks(), requests, {}, 0, 0, 0
+    manager = core.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
+    while waiting or alive:
+        if waiting and len(alive) < 12:
+            name = f"r{waiting}"
+            prompt = [7] * rng.choice((3, 3, 200)) + [rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))]
+            parameters = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 40), ignore_eos=True)
+            core.add_request(name, {"prompt_token_ids": prompt}, parameters)
+            alive[name], waiting = True, waiting - 1
+        for output in core.step():
+            if output.finished:
+                finished += alive.pop(output.request_id, False)
+        for name in [n for n in alive if rng.random() < 0.02]:
+            core.abort_request([name])
+            del alive[name]
+            cancelled += 1
+        rings = [
+            block.block_id
+            for m in manager.single_type_managers
+            for row in m.req_to_blocks.values()
+            for block in row
+            if block.block_hash is None  # unpublished pages belong to one request
+        ]
+        owned_twice += len(rings) - len(set(rings))
+    core.step()
+    return {
+        "finished": finished, "cancelled": cancelled, "owned_twice": owned_twice,
+        "leaked": before - pool.get_num_free_blocks(), "preemptions": _preemptions(llm),
+    }  # fmt: skip
+
+
+def refused(model: str, policy: str | None, **options: Any) -> str:
+    """The message with which an engine refuses to start; empty if it starts."""
+    try:
+        engine(model, policy, **options)
+    except Exception as error:  # noqa: BLE001  whatever it is, its message is the result
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main() -> None:
+    name, arguments = sys.argv[1], json.loads(sys.stdin.read())
+    print("\n" + json.dumps(globals()[name](**arguments)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Unmodified vLLM with our plugin, on a tiny random model."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Program
+
+pytestmark = pytest.mark.engine
+RNG = random.Random(5)
+PROMPTS = [[RNG.randrange(256) for _ in range(n)] for n in (3, 127, 128, 300, 700)]
+# Logprobs of one token, computed in another order of summation, in float32.
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def stock(program: Program, tiny: str) -> Any:
+    return program("generate", model=tiny, policy=None, prompts=PROMPTS)
+
+
+def _close(a: Any, b: Any) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=TOLERANCE)
+
+
+def test_without_a_policy_vllm_is_as_without_us(program: Program, tiny: str, stock: Any) -> None:
+    assert stock["impl"] == "CPUAttentionBackendImpl"
+    bare = program("generate", {"VLLM_PLUGINS": ""}, model=tiny, policy=None, prompts=PROMPTS)
+    assert bare == stock
+
+
+@pytest.fixture(scope="module")
+def raw(program: Program, tiny: str) -> Any:
+    return program("generate", model=tiny, policy="raw", prompts=PROMPTS)
+
+
+def test_raw_gives_the_tokens_of_stock_vllm(stock: Any, raw: Any) -> None:
+    assert raw["impl"] == "RingStoreImpl"
+    _close(raw["results"], stock["results"])
+
+
+def test_raw_does_not_depend_on_chunks_or_batch(program: Program, tiny: str, raw: Any) -> None:
+    _close(program("alone", model=tiny, policy="raw", prompts=PROMPTS), raw["results"])
+    other = program(
+        "generate", model=tiny, policy="raw", prompts=PROMPTS, max_num_batched_tokens=2048
+    )
+    _close(other["results"], raw["results"])
+
+
+@pytest.mark.parametrize("policy", ["fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit"])
+def test_a_prefix_hit_equals_a_fresh_run(program: Program, tiny: str, policy: str) -> None:
+    """Chunks end where hits end, so both runs attend to the same stored and fresh tokens.
+
+    Where they do not, results differ as they do between two chunk sizes (docs/architecture.md).
+    """
+    first, again, salted = program(
+        "twice", model=tiny, policy=policy, prompts=[PROMPTS[4]], max_num_batched_tokens=128
+    )
+    assert [r[0]["cached"] for r in (first, again, salted)] == [0, 640, 0]
+    _close(first, salted)
+    _close(first, again)
+
+
+@pytest.mark.parametrize("policy", ["raw", "kivi-4bit"])
+def test_a_pool_that_forces_preemption_loses_nothing(
+    program: Program, tiny: str, raw: Any, policy: str
+) -> None:
+    page = {"raw": 128 * 512 * 4, "kivi-4bit": 128 * 80 * 4}[policy]  # two layers of two heads
+    small = program(
+        "generate", model=tiny, policy=policy, prompts=[*PROMPTS, *PROMPTS], max_tokens=200,
+        kv_cache_memory_bytes=18 * page, max_model_len=1024,
+    )  # fmt: skip
+    assert small["preemptions"] > 0
+    assert small["free"] == small["total"]
+    assert all(len(r["tokens"][0]) == 200 for r in small["results"])
+    if policy == "raw":
+        for got, expected in zip(small["results"], raw["results"] * 2, strict=True):
+            assert got["tokens"][0][:24] == expected["tokens"][0]
+
+
+@pytest.mark.parametrize("policy", ["flexgen-4bit", "kivi-2bit"])
+def test_cancelled_requests_leave_every_page_free(
+    program: Program, tiny: str, policy: str
+) -> None:
+    page = {"flexgen-4bit": 128 * 80 * 4, "kivi-2bit": 128 * 48 * 4}[policy]
+    result = program(
+        "storm", model=tiny, policy=policy, requests=200, seed=1, max_model_len=1024,
+        kv_cache_memory_bytes=40 * page,
+    )  # fmt: skip
+    assert result["finished"] + result["cancelled"] == 200
+    assert result["cancelled"] > 20
+    assert result["owned_twice"] == 0
+    assert result["leaked"] == 0
+
+
+def test_parallel_sampling_and_logprobs(program: Program, tiny: str) -> None:
+    result = program(
+        "generate", model=tiny, policy="kivi-4bit", prompts=PROMPTS[2:4], max_tokens=150,
+        sampling={"n": 3, "temperature": 1.0, "seed": 3},
+    )  # fmt: skip
+    for request in result["results"]:
+        assert len(request["tokens"]) == 3
+        assert len({tuple(t) for t in request["tokens"]}) > 1
+        assert all(len(p) == 150 and max(p) <= 0 for p in request["logprobs"])
+    assert result["free"] == result["total"]
+
+
+def test_the_reference_kernel_can_be_forced(program: Program, tiny: str, raw: Any) -> None:
+    forced = program(
+        "generate", model=tiny, policy=None, prompts=PROMPTS,
+        additional_config={"cache_policy": "raw", "cache_kernel": "reference"},
+    )  # fmt: skip
+    _close(forced["results"], raw["results"])
+
+
+def test_tensor_parallel(tiny: str, raw: Any) -> None:
+    script = f"""
+import json
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM({tiny!r}, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=128,
+              tensor_parallel_size=2, kv_cache_memory_bytes=64 << 20, max_num_batched_tokens=256,
+              additional_config={{"cache_policy": "raw"}})
+    prompts = [{{"prompt_token_ids": p}} for p in {PROMPTS!r}]
+    out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+                       use_tqdm=False)
+    print("\\n" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
+"""
+    import json
+    import os
+    import tempfile
+    from pathlib import Path
+
+    from tests.engine.conftest import ENVIRONMENT
+
+    environment = {
+        **os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensor_parallel.py"
+        path.write_text(script)
+        done = subprocess.run(
+            [sys.executable, str(path)], capture_output=True, text=True, timeout=400, check=False,
+            env=environment,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens = json.loads(done.stdout.splitlines()[-1])
+    assert tokens == [r["tokens"][0] for r in raw["results"]]
+
+
+def test_the_entry_point_activates_the_plugin() -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as B;"
+        "print(B.CPU_ATTN.get_path())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "cache_policies.vllm_plugin.backend.RingStoreBackend"
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("snapkv", {}, "unknown cache policy 'snapkv'; allowed: raw, fp16"),
+    ("kivi-4bit(group=128)", {}, "group 128 does not divide head size 64"),
+    ("kivi-4bit", {"block_size": 64}, "residual 128 does not divide the block size 64"),
+    ("kivi-4bit", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ("kivi-4bit", {"kv_cache_memory_bytes": 300_000}, "max seq len (2048)"),
+    (
+        "kivi-4bit",
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding",
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "options", "named"), REFUSED)
+def test_what_cannot_work_is_refused_at_start(
+    program: Program, tiny: str, policy: str, options: dict[str, Any], named: str
+) -> None:
+    assert named in program("refused", model=tiny, policy=policy, **options)
+
+
+def test_a_filtered_plugin_is_noticed_and_refused(program: Program, tiny: str) -> None:
+    message = program("refused", {"VLLM_PLUGINS": ""}, model=tiny, policy="kivi-4bit")
+    assert "the cache policy is not active in this worker" in message
