@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.programs import MARK
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -31,7 +33,8 @@ def program() -> Program:
             env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
+        return json.loads(line.removeprefix(MARK))
 
     return run
 

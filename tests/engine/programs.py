@@ -1,7 +1,7 @@
 """What the engine tests run, each in a process of its own: ``python -m tests.engine.programs``.
 
 One engine a process: vLLM keeps global state. A program gets the engine's arguments, returns
-something JSON can hold, and prints it on the last line.
+something JSON can hold, and prints it on a line that begins with MARK.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import json
 import random
 import sys
 from typing import Any
+
+
+MARK = "program result: "
 
 
 def engine(model: str, policy: str | None, **options: Any) -> Any:
@@ -72,6 +75,12 @@ def generate(
         "preemptions": _preemptions(llm),
         "impl": type(layer.impl).__name__,
     }
+
+
+def tokens(model: str, policy: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    """Greedy tokens only; the engine may live in other processes."""
+    llm = engine(model, policy, **options)
+    return [r["tokens"][0] for r in _generate(llm, prompts, 24)]
 
 
 def twice(
@@ -139,7 +148,7 @@ def refused(model: str, policy: str | None, **options: Any) -> str:
 
 def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.stdin.read())
-    print("\n" + json.dumps(globals()[name](**arguments)))  # noqa: T201
+    print(f"\n{MARK}{json.dumps(globals()[name](**arguments))}")  # noqa: T201
 
 
 if __name__ == "__main__":

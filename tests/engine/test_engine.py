@@ -103,7 +103,7 @@ def test_cancelled_requests_leave_every_page_free(
 def test_parallel_sampling_and_logprobs(program: Program, tiny: str) -> None:
     result = program(
         "generate", model=tiny, policy="kivi-4bit", prompts=PROMPTS[2:4], max_tokens=150,
-        sampling={"n": 3, "temperature": 1.0, "seed": 3},
+        sampling={"n": 3, "temperature": 1.0},  # no seed: vLLM 0.32's CPU runner fails on one
     )  # fmt: skip
     for request in result["results"]:
         assert len(request["tokens"]) == 3
@@ -120,40 +120,12 @@ def test_the_reference_kernel_can_be_forced(program: Program, tiny: str, raw: An
     _close(forced["results"], raw["results"])
 
 
-def test_tensor_parallel(tiny: str, raw: Any) -> None:
-    script = f"""
-import json
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM({tiny!r}, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=128,
-              tensor_parallel_size=2, kv_cache_memory_bytes=64 << 20, max_num_batched_tokens=256,
-              additional_config={{"cache_policy": "raw"}})
-    prompts = [{{"prompt_token_ids": p}} for p in {PROMPTS!r}]
-    out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
-                       use_tqdm=False)
-    print("\\n" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
-"""
-    import json
-    import os
-    import tempfile
-    from pathlib import Path
-
-    from tests.engine.conftest import ENVIRONMENT
-
-    environment = {
-        **os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tensor_parallel.py"
-        path.write_text(script)
-        done = subprocess.run(
-            [sys.executable, str(path)], capture_output=True, text=True, timeout=400, check=False,
-            env=environment,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    tokens = json.loads(done.stdout.splitlines()[-1])
-    assert tokens == [r["tokens"][0] for r in raw["results"]]
+def test_tensor_parallel(program: Program, tiny: str, raw: Any) -> None:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    got = program(
+        "tokens", environment, model=tiny, policy="raw", prompts=PROMPTS, tensor_parallel_size=2
+    )
+    assert got == [r["tokens"][0] for r in raw["results"]]
 
 
 def test_the_entry_point_activates_the_plugin() -> None:
