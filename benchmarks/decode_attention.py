@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,13 +24,18 @@ from cache_policies.page import PageLayout
 from cache_policies.plan import Plan
 from cache_policies.policy import parse
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SHAPES = ((9, 3, 64), (32, 8, 128))
 POLICIES = ("fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit")
 PAGE = 128
 LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
 
 
-def ours(policy: str, seqs: int, tokens: int, shape: tuple[int, int, int]) -> tuple[Callable[[], None], int]:
+def ours(
+    policy: str, seqs: int, tokens: int, shape: tuple[int, int, int]
+) -> tuple[Callable[[], None], int]:
     """A decode step of one layer, and the page bytes it reads."""
     heads, kv_heads, head_size = shape
     layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
@@ -148,7 +153,7 @@ def main() -> None:
         for policy in POLICIES:
             steps[policy], reads[policy] = ours(policy, options.seqs, options.tokens, shape)
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for name, step in steps.items():
+        for step in steps.values():
             step()
         for _ in range(options.rounds):
             for name, step in steps.items():
@@ -156,9 +161,13 @@ def main() -> None:
                 step()
                 times[name].append((time.perf_counter() - begin) / LAYERS)
         base = statistics.median(times["stock float32"])
-        print(f"\nshape (query heads, KV heads, head size) = {shape}, "
-              f"{options.seqs} sequences x {options.tokens} tokens")
-        print(f"{'':16}{'ms/layer':>10}{'x stock':>9}{'of bound':>10}{'codec err':>11}{'int err':>10}")
+        print(
+            f"\nshape (query heads, KV heads, head size) = {shape}, "
+            f"{options.seqs} sequences x {options.tokens} tokens"
+        )
+        print(
+            f"{'':16}{'ms/layer':>10}{'x stock':>9}{'of bound':>10}{'codec err':>11}{'int err':>10}"
+        )
         for name in steps:
             median = statistics.median(times[name])
             bound = reads[name] / speed / median

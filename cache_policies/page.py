@@ -32,6 +32,7 @@ class Field:
         name: e.g. ``key`` or ``value_scale``.
         dtype: element type.
         shape: shape for one KV head, without the head axis.
+
     """
 
     name: str
@@ -53,6 +54,7 @@ class PageLayout:
         head_size: channels of one KV head.
         page_tokens: tokens a store page holds (vLLM's block size).
         model_dtype: dtype of the keys and values the model produces.
+
     """
 
     codec: Codec
@@ -113,6 +115,7 @@ class PageLayout:
 
         Returns:
             field name -> ``[num_kv_heads, *field.shape]``, sharing memory with ``page``.
+
         """
         return {
             field.name: page[:, self.offsets[field.name] :][:, : field.num_bytes]

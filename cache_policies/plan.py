@@ -35,6 +35,7 @@ class Plan:
             It divides ``page_tokens``, so a full store page depends only on its own tokens
             and prefix caching keeps working.
         ring_pages: pages at the head of the row.
+
     """
 
     page_tokens: int

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from cache_policies.codecs import CODECS, CodecEntry
-from cache_policies.codecs.base import Codec
 from cache_policies.errors import PolicyError
+
+if TYPE_CHECKING:
+    from cache_policies.codecs.base import Codec
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")
 _PARAMETER = re.compile(r"\s*([a-z_]+)\s*=\s*(-?\d+)\s*")
@@ -25,6 +28,7 @@ class Policy:
     Attributes:
         codec: how a stored token is encoded.
         name: the name the user wrote, e.g. ``kivi-4bit``.
+
     """
 
     codec: Codec
@@ -53,6 +57,7 @@ def parse(text: str) -> Policy:
     Raises:
         PolicyError: unknown name or parameter, value out of range, or bad syntax; the message
             names what is allowed.
+
     """
     if not isinstance(text, str) or not text.strip():
         raise PolicyError(f"cache_policy must be a non-empty string, not {text!r}; {_allowed()}")

@@ -22,6 +22,7 @@ class Answer:
         arrivals: monotonic seconds of every chunk that carried text.
         finished: monotonic seconds when the stream ended.
         error: what went wrong, or None.
+
     """
 
     text: str = ""
@@ -51,6 +52,7 @@ class Client:
     Args:
         base_url: e.g. ``http://127.0.0.1:8000``.
         timeout: seconds a request may take.
+
     """
 
     def __init__(self, base_url: str, timeout: float = 600.0) -> None:

@@ -16,19 +16,26 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cache_policies.policy import parse
 from loadtest.client import Answer, Client
+from loadtest.haystack import TEXTS
 from loadtest.passkey import Case, cases
 from loadtest.process import ServerError, running_server
 from loadtest.scoring import exact_key, partial_key
 from loadtest.scrape import KV_USE, PREEMPTIONS, labels, sample, watch_peak
 from server.capacity import ModelShape, capacity
 from server.models import get_model
+from server.serve import default_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MODEL = "smollm2-135m"
 POLICIES = ("fp16", "flexgen-4bit", "kivi-4bit", "kivi-2bit")
@@ -54,6 +61,7 @@ class Row:
         output_tokens_per_second: of all requests over the whole run.
         peak_kv_use: highest share of the pool in use that a scrape saw; None: no scrape worked.
         requests: answered; errors: not answered.
+
     """
 
     policy: str
@@ -136,18 +144,18 @@ def _run_policy(policy: str, out: Path, progress: Progress) -> Row:
 
 
 async def _measure(
-    policy: str, url: str, start_seconds: float, progress: Progress, task: int
+    policy: str, url: str, start_seconds: float, progress: Progress, task: TaskID
 ) -> tuple[Row, list[tuple[Case, Answer]]]:
     async with Client(url) as client:
         work = await _cases(client)
-        progress.update(task, total=len(work), note="requests")  # type: ignore[arg-type]
+        progress.update(task, total=len(work), note="requests")
         await client.complete("Warm-up, unlike any prompt that is measured:", 4)
         gate = asyncio.Semaphore(CONCURRENCY)
 
         async def one(case: Case) -> Answer:
             async with gate:
                 answer = await client.complete(case.prompt, case.max_tokens)
-            progress.update(task, advance=1)  # type: ignore[arg-type]
+            progress.update(task, advance=1)
             return answer
 
         begin = time.monotonic()
@@ -181,28 +189,23 @@ async def _measure(
         run_seconds=seconds,
     )
     note = f"requests, {row.run_seconds:.0f} s, exact {row.exact:.2f}"
-    progress.update(task, note=note)  # type: ignore[arg-type]
+    progress.update(task, note=note)
     return row, list(zip(work, answers, strict=True))
 
 
 async def _cases(client: Client) -> list[Case]:
-    from loadtest.haystack import TEXTS
-
     sentences = sorted({f" {s}" for text in TEXTS.values() for s in text})
     counted = await asyncio.gather(*(client.count_tokens(s) for s in sentences))
     table = dict(zip(sentences, counted, strict=True))
     return list(cases(lambda texts: [table[t] for t in texts], grid=GRID))
 
 
-def _dtype():  # type: ignore[no-untyped-def]
-    import torch
-
-    from server.serve import default_dtype
-
-    return getattr(torch, default_dtype() or "bfloat16")
+def _dtype() -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, default_dtype() or "bfloat16")
+    return dtype
 
 
-def _mean(done, score) -> float:  # type: ignore[no-untyped-def]
+def _mean(done: list[tuple[Case, Answer]], score: Callable[[str, str], float]) -> float:
     return statistics.fmean(score(answer.text, case.key) for case, answer in done)
 
 
@@ -220,8 +223,7 @@ def _write(rows: list[Row], path: Path) -> None:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(
-        title=f"{MODEL}, {MEMORY // 2**20} MiB of cache, passkey prompts, "
-        f"{CONCURRENCY} at a time",
+        title=f"{MODEL}, {MEMORY // 2**20} MiB of cache, passkey prompts, {CONCURRENCY} at a time",
         padding=(0, 0),
     )
     headings = ("policy", "capacity\ntokens", "bytes/\ntoken", "x\n16 bit", "exact\n7 / 64",
@@ -233,8 +235,8 @@ def _table(rows: list[Row]) -> Table:
         peak = "?" if row.peak_kv_use is None else f"{row.peak_kv_use:.0%}"
         table.add_row(
             row.policy, f"{row.capacity_tokens:,}", f"{row.bytes_per_token:,.0f}",
-            f"{row.compression_ratio:.2f}", f"{row.exact_7:.2f} / {row.exact_64:.2f}", f"{row.partial:.2f}", f"{row.ttft:.1f}",
-            f"{row.itl * 1e3:.0f}", f"{row.output_tokens_per_second:.1f}", peak, str(row.errors),
+            f"{row.compression_ratio:.2f}", f"{row.exact_7:.2f} / {row.exact_64:.2f}",
+            f"{row.partial:.2f}", f"{row.ttft:.1f}", f"{row.itl * 1e3:.0f}", f"{row.output_tokens_per_second:.1f}", peak, str(row.errors),
         )  # fmt: skip
     return table
 

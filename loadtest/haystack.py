@@ -21,7 +21,7 @@ ESSAY = (
     "The archive smelled of dust and lemon oil, and the woman at the desk asked for nothing but "
     "patience and clean hands.",
     "It is easier to forgive a bridge for being ugly than for being in the wrong place.",
-    "Bread teaches arithmetic: double the flour and you have not doubled the loaf, only the waiting.",
+    "Bread teaches arithmetic: double the flour, and you have doubled only the waiting.",
     "In the valley they plant walnuts for their grandchildren, and plums for themselves.",
     "Nobody remembers who proposed the second canal, but everyone remembers who paid for it.",
     "A good index is written by someone who has been lost in the book at least once.",
@@ -29,7 +29,7 @@ ESSAY = (
     "Maps age in a particular way: the coastlines survive, the roads wander, the names die first.",
     "He kept a ledger of borrowed umbrellas, which was the only complete record the office had.",
     "Winter repairs are done twice, once with what is at hand and once with what was ordered.",
-    "The theatre burned on a Monday, when it was dark anyway, and reopened on a Friday, half built.",
+    "The theatre burned on a Monday, when it was dark anyway, and reopened half built.",
     "Every language has a word for the smell of rain, and most speakers have forgotten theirs.",
     "Arguments about tea begin with water and end, as a rule, with somebody's grandmother.",
     "She painted the boat the colour of the shed because there was paint left, and then the shed "
@@ -44,7 +44,7 @@ ESSAY = (
     "What survives of the recipe is a stain, a thumbprint and the words not too much.",
     "The ferry was late so regularly that the timetable was eventually adjusted to match it.",
     "You can tell a reader's mood by the margin: pencil when doubtful, ink when angry.",
-    "Rain fell on the market for six days, and on the seventh people came out to complain of dust.",
+    "Rain fell on the market for six days, and on the seventh people complained of the dust.",
     "Gardens are arguments with the weather in which both sides are sure of winning.",
 )
 

@@ -7,11 +7,14 @@ Instruction, needle and question are those of LongCTX-Bench (arXiv 2407.01527); 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
+from typing import TYPE_CHECKING
 
 from loadtest.haystack import TEXTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -31,6 +34,7 @@ class Case:
         depth: where the needle sits, 0 (start) to 1 (end).
         key: the digits to find.
         prompt: the whole prompt.
+
     """
 
     text: str
@@ -61,6 +65,7 @@ def cases(
         digits: lengths of the key.
         texts: names in ``haystack.TEXTS``.
         seed: fixes keys and the order of sentences.
+
     """
     rng = random.Random(seed)
     for text, (tokens, depth), length in product(texts, grid, digits):
@@ -83,7 +88,8 @@ def _fill(
     order = list(range(len(pool)))
     if len(pool) > 8:  # noise is a fixed cycle; essays are shuffled
         rng.shuffle(order)
-    chosen, total = [], 0
+    chosen: list[str] = []
+    total = 0
     for index in cycle(order):
         if total >= tokens:
             return chosen

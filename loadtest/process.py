@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,6 +38,7 @@ class Server:
         url: where.
         log: its output.
         start_seconds: from launch to the first answer on /health.
+
     """
 
     url: str
@@ -61,6 +64,7 @@ def running_server(
 
     Raises:
         ServerError: it exited or did not answer in time.
+
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -71,7 +75,11 @@ def running_server(
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     try:
         url = f"http://127.0.0.1:{port}"

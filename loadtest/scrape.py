@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from loadtest.client import Client
 
@@ -32,6 +31,7 @@ def labels(text: str, name: str) -> Mapping[str, str]:
 
     Raises:
         KeyError: the text does not hold it.
+
     """
     for family in text_string_to_metric_families(text):
         for item in family.samples:
@@ -41,7 +41,9 @@ def labels(text: str, name: str) -> Mapping[str, str]:
 
 
 @asynccontextmanager
-async def watch_peak(client: Client, name: str, interval: float = 0.25) -> AsyncIterator[list[float]]:
+async def watch_peak(
+    client: Client, name: str, interval: float = 0.25
+) -> AsyncIterator[list[float]]:
     """Collect a gauge while the block runs; the list holds what could be read."""
     seen: list[float] = []
 

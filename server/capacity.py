@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cache_policies.page import PageLayout
 from cache_policies.plan import Plan
-from cache_policies.policy import Policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from cache_policies.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ModelShape:
         num_kv_heads: KV heads of a layer.
         head_size: channels of a KV head.
         dtype: dtype the model runs in.
+
     """
 
     layers: int
@@ -52,6 +56,7 @@ class Capacity:
         ring_bytes: bytes of a request's recent window in all layers.
         requests: requests of the given length that fit together, ring included.
         ratio: 16-bit bytes of such a request divided by its bytes under the policy.
+
     """
 
     bytes_per_token: float
@@ -67,6 +72,7 @@ def capacity(
 
     Raises:
         PolicyError: the policy cannot store this shape.
+
     """
     layout = PageLayout(policy.codec, shape.head_size, page_tokens, shape.dtype)
     plan = Plan.of(layout)

@@ -56,7 +56,15 @@ def policies(
     shape = _shape(model, dtype)
     size = _bytes(memory)
     table = Table(title=f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens")
-    for heading in ("policy", "parameters", "keeps", "loses", "bytes/token", "requests", "x 16 bit"):
+    for heading in (
+        "policy",
+        "parameters",
+        "keeps",
+        "loses",
+        "bytes/token",
+        "requests",
+        "x 16 bit",
+    ):
         table.add_column(heading, overflow="fold")
     for name, entry in CODECS.items():
         shown = ", ".join(f"{k}={v}" for k, v in parameters(entry).items())

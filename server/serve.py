@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,9 +13,12 @@ from cache_policies.policy import parse
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
 from server.models import MODELS, resolve
 
+if TYPE_CHECKING:
+    import argparse
+
 
 def make_parser() -> argparse.ArgumentParser:
-    """vLLM's ``serve`` parser with our options in front."""
+    """VLLM's ``serve`` parser with our options in front."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -32,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Without it vLLM's own cache is used, unchanged.",
     )
     group.add_argument("--cache-kernel", choices=KERNELS, help="attention kernel (default: auto)")
-    return make_arg_parser(parser)  # type: ignore[no-any-return]
+    return make_arg_parser(parser)
 
 
 def configure(args: argparse.Namespace) -> argparse.Namespace:
@@ -40,6 +42,7 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
 
     Raises:
         PolicyError: bad policy or kernel, or a conflicting flag.
+
     """
     if args.model_tag is not None:
         args.model = args.model_tag
@@ -70,7 +73,7 @@ def default_dtype() -> str | None:
     """float32 on a CPU without native bfloat16 (AVX-512 or AMX); None: vLLM's choice."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or torch.cpu._is_avx512_supported():  # noqa: SLF001
+    if not current_platform.is_cpu() or torch.cpu._is_avx512_supported():
         return None
     return "float32"
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from cache_policies.codecs.base import Codec
 from cache_policies.codecs.flexgen import FlexGen
 from cache_policies.codecs.int8 import Int8
 from cache_policies.codecs.kivi import Kivi
 from cache_policies.codecs.plain import Bf16, Fp16, Raw
+
+if TYPE_CHECKING:
+    from cache_policies.codecs.base import Codec
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class CodecEntry:
     Attributes:
         cls: the codec class.
         fixed: parameters the name decides, as in ``kivi-4bit``.
+
     """
 
     cls: type[Codec]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from cache_policies.errors import PolicyError
-from cache_policies.page import Field
+
+if TYPE_CHECKING:
+    from cache_policies.page import Field
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +47,7 @@ class Codec(ABC):
 
         Raises:
             PolicyError: naming the allowed head sizes, dtypes, page sizes or groups.
+
         """
         if head_size not in HEAD_SIZES:
             raise PolicyError(f"{self}: head size {head_size} is not one of {HEAD_SIZES}")
@@ -78,6 +81,7 @@ class Codec(ABC):
             start: first position; a multiple of ``residual`` where there is a ring.
             key: ``[num_kv_heads, num_tokens, head_size]`` float32.
             value: same shape as ``key``.
+
         """
 
     @abstractmethod
@@ -86,4 +90,5 @@ class Codec(ABC):
 
         Returns:
             key and value, each ``[num_kv_heads, count, head_size]`` float32.
+
         """

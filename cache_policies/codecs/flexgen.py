@@ -22,6 +22,7 @@ class FlexGen(AffineCodec):
 
     Attributes:
         group: channels that share a scale (the authors use 64, LongCTX-Bench 32).
+
     """
 
     name: ClassVar[str] = "flexgen-4bit"

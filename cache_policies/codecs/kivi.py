@@ -27,6 +27,7 @@ class Kivi(AffineCodec):
         v_bits: bits of a value code.
         group: tokens that share a key scale, and channels that share a value scale.
         residual: recent tokens in 16 bit; absorbed together when that many have gathered.
+
     """
 
     name: ClassVar[str] = "kivi"
@@ -36,7 +37,7 @@ class Kivi(AffineCodec):
     k_bits: int = 4
     v_bits: int = 4
     group: int = 32
-    residual: int = 128  # type: ignore[assignment]  # a field replaces the base's property
+    residual: int = 128
 
     def __post_init__(self) -> None:
         check_bits("k_bits", self.k_bits)

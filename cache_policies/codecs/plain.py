@@ -36,9 +36,7 @@ class Raw(Codec):
 
     def write(self, views: Views, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         stored = views["key"].dtype
-        key, value = (
-            to_half(x) if stored == torch.float16 else x.to(stored) for x in (key, value)
-        )
+        key, value = (to_half(x) if stored == torch.float16 else x.to(stored) for x in (key, value))
         octets.write(views["key"], start, key)
         views["value"][:, start : start + value.shape[1]] = value
 

@@ -26,6 +26,7 @@ def kernel_class(name: str) -> type[Kernel]:
 
     Raises:
         PolicyError: unknown name, or ``cpu`` was forced and cannot be loaded.
+
     """
     if name not in KERNELS:
         raise PolicyError(f"unknown cache_kernel {name!r}; allowed: {', '.join(KERNELS)}")

@@ -25,6 +25,7 @@ class Batch:
         ring: ``[num_seqs]`` int32, tokens in the ring before this step.
         stored_after: ``[num_seqs]`` int32, tokens in the store after this step.
         block_table: ``[num_seqs, row]`` int32, ring pages first.
+
     """
 
     query_start: torch.Tensor
@@ -53,6 +54,7 @@ class Batch:
             query_start: ``[num_seqs + 1]`` int32.
             computed: ``[num_seqs]`` int32, tokens computed before this step.
             block_table: ``[num_seqs, row]`` int32.
+
         """
         after = computed + (query_start[1:] - query_start[:-1])
         stored = plan.stored(computed)
@@ -73,6 +75,7 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
+
     """
 
     num_heads: int
@@ -109,6 +112,7 @@ class Kernel(Protocol):
             key: ``[num_tokens, num_kv_heads, head_size]``, the fresh keys.
             value: same shape as ``key``.
             output: same shape as ``query``, written.
+
         """
 
     def append(

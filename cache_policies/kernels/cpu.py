@@ -14,7 +14,7 @@ from cache_policies.codecs.affine import AffineCodec
 from cache_policies.codecs.int8 import Int8
 from cache_policies.codecs.plain import Raw
 from cache_policies.errors import PolicyError
-from cache_policies.kernels import _cpu
+from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Shape
@@ -40,6 +40,7 @@ class CpuKernel:
         integer_dot: decode 2 and 4 bit pages by integer dot products. False dequantizes
             tiles instead, to measure the rounding that integer arithmetic adds.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
+
     """
 
     name = "cpu"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
@@ -32,6 +31,7 @@ from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -69,6 +69,7 @@ class RingStoreMetadata:
     Attributes:
         batch: counts and block table.
         num_tokens: fresh tokens, without padding.
+
     """
 
     batch: Batch
@@ -98,7 +99,7 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,  # noqa: ARG002
+        fast_build: bool = False,
     ) -> RingStoreMetadata:
         assert common_prefix_len == 0
         count = common_attn_metadata.num_reqs
@@ -130,10 +131,10 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         scale: float,
         num_kv_heads: int,
         alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,  # noqa: ARG002
-        kv_cache_dtype: str = "auto",  # noqa: ARG002
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
         logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,  # noqa: ARG002
+        attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
         **unknown: Any,
@@ -168,16 +169,14 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self._layout(vllm_config.cache_config.block_size)
 
     def _layout(self, page_tokens: int) -> PageLayout:
-        return PageLayout(
-            self.settings.policy.codec, self.head_size, page_tokens, self.model_dtype
-        )
+        return PageLayout(self.settings.policy.codec, self.head_size, page_tokens, self.model_dtype)
 
     def do_kv_cache_update(self, *_: Any) -> None:
         """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
 
     def forward(
         self,
-        layer: torch.nn.Module,  # noqa: ARG002
+        layer: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -199,6 +198,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             output: same shape as ``query``, written.
             output_scale: must be None.
             output_block_scale: must be None.
+
         """
         assert output_scale is None
         assert output_block_scale is None

@@ -22,6 +22,7 @@ class Settings:
     Attributes:
         policy: the engine's cache policy.
         kernel: ``auto``, ``cpu`` or ``reference``.
+
     """
 
     policy: Policy
@@ -33,6 +34,7 @@ def settings(vllm_config: VllmConfig) -> Settings | None:
 
     Raises:
         PolicyError: the policy or kernel is not valid.
+
     """
     extra = vllm_config.additional_config
     if not isinstance(extra, dict) or POLICY_KEY not in extra:
@@ -52,6 +54,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
 
     Raises:
         PolicyError: naming the feature and how to go on without it.
+
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = (

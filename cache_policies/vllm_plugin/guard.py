@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
     """Entry point ``vllm.logits_processors``."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ARG002
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         if settings(vllm_config) is None:
             return
         refuse_engine(vllm_config)

@@ -7,12 +7,13 @@ in prefix caching.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -28,16 +29,16 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(kv_cache_spec, **kwargs)
         self.plan = kv_cache_spec.plan
 
-    def get_num_blocks_to_allocate(  # noqa: D102
+    def get_num_blocks_to_allocate(
         self,
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
-        total_computed_tokens: int,  # noqa: ARG002
-        num_local_computed_tokens: int,  # noqa: ARG002
-        num_tokens_main_model: int,  # noqa: ARG002
-        apply_admission_cap: bool = False,  # noqa: ARG002
-        prefill_end: int = 0,  # noqa: ARG002
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         owned = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         # A hit that nobody holds sits in the free queue: taking it uses a free page too.
@@ -48,8 +49,8 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self,
         request_id: str,
         new_computed_blocks: Sequence[KVCacheBlock],
-        num_local_computed_tokens: int,  # noqa: ARG002
-        num_external_computed_tokens: int,  # noqa: ARG002
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
     ) -> None:
         row = self.req_to_blocks[request_id]
         assert not row, "only a request without pages can adopt prefix-cache hits"
@@ -64,7 +65,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self,
         request_id: str,
         num_tokens: int,
-        num_tokens_main_model: int,  # noqa: ARG002
+        num_tokens_main_model: int,
     ) -> list[KVCacheBlock]:
         row = self.req_to_blocks[request_id]
         before = len(row)
@@ -78,9 +79,9 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self,
         request: Request,
         num_tokens: int,
-        retention_interval: int | None = None,  # noqa: ARG002
+        retention_interval: int | None = None,
         *,
-        replay_boundaries: Sequence[int],  # noqa: ARG002
+        replay_boundaries: Sequence[int],
     ) -> None:
         published = self.num_cached_block.get(request.request_id, 0)
         full = self.plan.full_pages(num_tokens)
@@ -96,7 +97,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         )
         self.num_cached_block[request.request_id] = full
 
-    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:  # noqa: ARG002
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # cascade attention would read the ring as a shared prefix
 
     def _take_ring(self, row: list[KVCacheBlock]) -> None:

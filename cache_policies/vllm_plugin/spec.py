@@ -26,6 +26,7 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
     Attributes:
         policy: canonical policy string.
         model_dtype: dtype of keys and values; ``dtype`` itself is uint8, the pages' type.
+
     """
 
     policy: str
@@ -67,7 +68,7 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         pages = self.plan.pages(vllm_config.model_config.max_model_len)
         return int(pages * self.page_size_bytes)
 
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:  # noqa: ARG002
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.plan.pages(max_len)
 
 
@@ -78,7 +79,7 @@ def _layout(policy: str, head_size: int, page_tokens: int, dtype: torch.dtype) -
 
 # Registering alone would leave out vLLM's own specs, which register themselves only when the
 # registry is still empty. Can go when register() does this itself.
-KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001
+KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(
     RingStoreSpec, RingStoreManager, uniform_type_base_spec=FullAttentionSpec
 )

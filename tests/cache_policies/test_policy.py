@@ -53,7 +53,7 @@ def test_printed_policy_parses_to_an_equal_one(
     ],
 )
 def test_refused_with_what_is_allowed(text: str, named: str) -> None:
-    with pytest.raises(PolicyError, match=".*") as caught:
+    with pytest.raises(PolicyError) as caught:
         parse(text)
     assert named in str(caught.value)
 

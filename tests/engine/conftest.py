@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.engine.programs import MARK
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -43,8 +45,8 @@ def program() -> Program:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of two layers, 4 query and 2 KV heads of 64: fast, and divisible by two."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

@@ -11,7 +11,6 @@ import random
 import sys
 from typing import Any
 
-
 MARK = "program result: "
 
 
@@ -67,7 +66,9 @@ def generate(
     llm = engine(model, policy, **options)
     results = _generate(llm, prompts, max_tokens, **sampling)
     pool = _pool(llm)
-    layer = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
+    layer = next(
+        iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())
+    )
     return {
         "results": results,
         "free": pool.get_num_free_blocks(),
@@ -106,13 +107,24 @@ def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> 
     llm = engine(model, policy, **options)
     rng, core = random.Random(seed), llm.llm_engine
     pool = _pool(llm)
-    before, waiting, alive, finished, cancelled, owned_twice = pool.get_num_free_blocks(), requests, {}, 0, 0, 0
+    before, waiting, alive, finished, cancelled, owned_twice = (
+        pool.get_num_free_blocks(),
+        requests,
+        {},
+        0,
+        0,
+        0,
+    )
     manager = core.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     while waiting or alive:
         if waiting and len(alive) < 12:
             name = f"r{waiting}"
-            prompt = [7] * rng.choice((3, 3, 200)) + [rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))]
-            parameters = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 40), ignore_eos=True)
+            prompt = [7] * rng.choice((3, 3, 200)) + [
+                rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))
+            ]
+            parameters = SamplingParams(
+                temperature=0, max_tokens=rng.randrange(1, 40), ignore_eos=True
+            )
             core.add_request(name, {"prompt_token_ids": prompt}, parameters)
             alive[name], waiting = True, waiting - 1
         for output in core.step():
@@ -141,7 +153,7 @@ def refused(model: str, policy: str | None, **options: Any) -> str:
     """The message with which an engine refuses to start; empty if it starts."""
     try:
         engine(model, policy, **options)
-    except Exception as error:  # noqa: BLE001  whatever it is, its message is the result
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -86,9 +86,7 @@ def test_a_pool_that_forces_preemption_loses_nothing(
 
 
 @pytest.mark.parametrize("policy", ["flexgen-4bit", "kivi-2bit"])
-def test_cancelled_requests_leave_every_page_free(
-    program: Program, tiny: str, policy: str
-) -> None:
+def test_cancelled_requests_leave_every_page_free(program: Program, tiny: str, policy: str) -> None:
     page = {"flexgen-4bit": 128 * 80 * 4, "kivi-2bit": 128 * 48 * 4}[policy]
     result = program(
         "storm", model=tiny, policy=policy, requests=200, seed=1, max_model_len=1024,

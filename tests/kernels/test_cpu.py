@@ -28,13 +28,17 @@ LENGTHS = st.one_of(
     st.sampled_from((0, 1, 7, 8, 31, 32, 33, 63, 64, 127, 128, 129, 255, 256, 257, 384)),
     st.integers(0, 500),
 )
-SEQUENCES = st.lists(st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))), min_size=1, max_size=4)
+SEQUENCES = st.lists(
+    st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))), min_size=1, max_size=4
+)
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
-def _compare(setup: Setup, sequences: list[tuple[int, int]], tolerance: float, **options: object) -> None:
+def _compare(
+    setup: Setup, sequences: list[tuple[int, int]], tolerance: float, **options: object
+) -> None:
     computed, fresh = [c for c, _ in sequences], [f for _, f in sequences]
     setup.fill(computed)
     batch = setup.batch(computed, fresh)
@@ -150,7 +154,7 @@ def test_wrong_arguments_are_refused_before_an_address_is_used() -> None:
     kernel = CpuKernel(setup.layout, setup.shape)
     batch = setup.batch([0, 0], [1, 1])
     query, key, value = setup.tokens(2, seed=0)
-    with pytest.raises(ValueError, match="query must be torch.float32"):
+    with pytest.raises(ValueError, match=r"query must be torch\.float32"):
         kernel.attend(setup.pages, batch, query.half(), key, value, query)
     with pytest.raises(ValueError, match="key has shape"):
         kernel.append(setup.pages, batch, key[:, :1], value)
