@@ -67,11 +67,11 @@ def main() -> None:
     base: tuple[float, float] | None = None
     for policy in (None, *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
         flags = [options.model, *FLAGS, *(["--cache-policy", policy] if policy else [])]
-        with tempfile.TemporaryDirectory() as folder:
-            with running_server(flags, Path(folder) / "log") as server:
-                ttft, prompt, speed = asyncio.run(
-                    measure(server.url, options.streams, options.tokens)
-                )
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            running_server(flags, Path(folder) / "log") as server,
+        ):
+            ttft, prompt, speed = asyncio.run(measure(server.url, options.streams, options.tokens))
         base = base or (ttft, speed)
         print(
             f"{policy or 'stock float32':14}{prompt:8}{ttft:9.1f}{ttft / base[0]:9.2f}"

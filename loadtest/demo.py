@@ -233,11 +233,20 @@ def _table(rows: list[Row]) -> Table:
         table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
         peak = "?" if row.peak_kv_use is None else f"{row.peak_kv_use:.0%}"
-        table.add_row(
-            row.policy, f"{row.capacity_tokens:,}", f"{row.bytes_per_token:,.0f}",
-            f"{row.compression_ratio:.2f}", f"{row.exact_7:.2f} / {row.exact_64:.2f}",
-            f"{row.partial:.2f}", f"{row.ttft:.1f}", f"{row.itl * 1e3:.0f}", f"{row.output_tokens_per_second:.1f}", peak, str(row.errors),
-        )  # fmt: skip
+        cells = (
+            row.policy,
+            f"{row.capacity_tokens:,}",
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.compression_ratio:.2f}",
+            f"{row.exact_7:.2f} / {row.exact_64:.2f}",
+            f"{row.partial:.2f}",
+            f"{row.ttft:.1f}",
+            f"{row.itl * 1e3:.0f}",
+            f"{row.output_tokens_per_second:.1f}",
+            peak,
+            str(row.errors),
+        )
+        table.add_row(*cells)
     return table
 
 

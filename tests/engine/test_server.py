@@ -1,0 +1,80 @@
+"""The main road: `kvthrift serve`, a real model, the openai client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+import openai
+import pytest
+
+from loadtest.process import Server, ServerError, running_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "67108864"]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    assert smollm2.exists()
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["smollm2-135m", "--cache-policy", "kivi-4bit", *FLAGS]
+    with running_server(arguments, log) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_completions_chat_and_streams(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["smollm2-135m"]
+    done = client.completions.create(
+        model="smollm2-135m", prompt="The capital of France is", max_tokens=4, temperature=0
+    )
+    assert "Paris" in done.choices[0].text
+    stream = client.completions.create(
+        model="smollm2-135m", prompt="The capital of France is", max_tokens=4, temperature=0,
+        stream=True,
+    )  # fmt: skip
+    assert "".join(e.choices[0].text for e in stream) == done.choices[0].text
+    chat = client.chat.completions.create(
+        model="smollm2-135m", messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
+    )
+    assert chat.choices[0].message.content
+
+
+def test_a_policy_in_a_request_is_refused_not_ignored(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="cannot be chosen per request"):
+        client.completions.create(
+            model="smollm2-135m", prompt="x", max_tokens=1,
+            extra_body={"vllm_xargs": {"cache_policy": "kivi-2bit"}},
+        )  # fmt: skip
+
+
+def test_a_prompt_over_the_limit_gets_vllms_own_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="2048"):
+        client.completions.create(model="smollm2-135m", prompt="word " * 4000, max_tokens=1)
+
+
+def test_metrics_show_the_pool_of_the_policy_and_the_log_names_the_kernel(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics").text
+    assert "vllm:kv_cache_usage_perc" in text
+    # 64 MiB hold about 64 MiB / 7200 bytes a token, less the rings
+    assert 'kv_cache_size_tokens="' in text
+    tokens = int(text.split('kv_cache_size_tokens="')[1].split('"')[0])
+    assert 7000 < tokens < 9320
+    assert "cache policy kivi-4bit, attention kernel cpu" in server.log.read_text()
+
+
+def test_a_bad_policy_ends_the_command_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerError, match="unknown cache policy 'kivi-5bit'; allowed: raw"),
+        running_server(["smollm2-135m", "--cache-policy", "kivi-5bit"], tmp_path / "log"),
+    ):
+        pass

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cache_policies.codecs import CODECS
+from cache_policies.errors import PolicyError
+from cache_policies.policy import parse
+from server.capacity import ModelShape, capacity
+from server.cli import app
+from server.models import ModelError, get_model, model_path, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMOLLM2 = ModelShape(layers=30, num_kv_heads=3, head_size=64, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ratio"), [("kivi-2bit", 4.5), ("kivi-4bit", 2.9), ("flexgen-4bit", 3.1)]
+)
+def test_capacity_at_8k_against_16_bit_with_the_ring(policy: str, ratio: float) -> None:
+    result = capacity(parse(policy), SMOLLM2, 2**30, 8192)
+    assert result.ratio >= ratio
+    half = capacity(parse("fp16"), SMOLLM2, 2**30, 8192)
+    assert result.requests >= int(half.requests * ratio)
+
+
+def test_bytes_per_token_of_smollm2() -> None:
+    assert capacity(parse("fp16"), SMOLLM2, 2**30, 8192).bytes_per_token == 30 * 3 * 64 * 4
+    assert capacity(parse("kivi-2bit"), SMOLLM2, 2**30, 8192).bytes_per_token == 30 * 3 * 48
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return tmp_path
+
+
+def test_the_policies_command_lists_every_policy(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["policies", "--model", str(folder)], env={"COLUMNS": "220"})
+    assert result.exit_code == 0
+    assert all(name in result.output for name in CODECS)
+    # head size 80: the default group of 32 does not divide it, and the table says so
+    assert "divide" in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (("--memory", "12"), PolicyError),
+        (("--dtype", "int8"), PolicyError),
+        (("--model", "no-such-model"), ModelError),
+    ],
+)
+def test_bad_options_are_refused(folder: Path, option: tuple[str, str], error: type) -> None:
+    result = CliRunner().invoke(app, ["policies", "--model", str(folder), *option])
+    assert isinstance(result.exception, error)
+
+
+def test_embedded_models_are_known_by_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTHRIFT_CACHE", str(tmp_path))
+    assert model_path("smollm2-135m") == tmp_path / "models" / "smollm2-135m"
+    assert resolve("org/some-model") == "org/some-model"
+    with pytest.raises(ModelError, match="known: smollm2-135m, gemma3-270m"):
+        get_model("nix")
