@@ -1,83 +1,104 @@
-"""Whole server, decoding at long context: stock vLLM and policies, one after the other.
+"""The whole engine decoding at long context: stock vLLM and policies, one after the other.
 
-    python benchmarks/end_to_end.py [--policy kivi-4bit ...] [--streams 8]
+Usage: ``python benchmarks/end_to_end.py [--policy kivi-4bit ...] [--streams 8]``
 
-Every server gets the same model, threads and flags (eager: compiling takes minutes and leaves
-attention alone). The prompts share their first 4000 tokens, so that prefill ends in minutes;
-2000 tokens of each are its own. Prints time to first token of a lone 6000-token prompt,
-output tokens/s from the moment when all streams decode, and the ratio to stock.
+Every engine runs in a process of its own with the same threads and flags, without a server
+(whose processes would share the cores) and eager (compiling takes minutes and leaves attention
+alone). Prompts of about 6000 tokens share their first 80%, so that prefill ends in minutes.
+Prints seconds to the first token of a lone prompt, and output tokens/s while all streams decode.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
+import os
 import random
-import tempfile
-from pathlib import Path
+import statistics
+import subprocess
+import sys
+import time
 
-from loadtest.client import Answer, Client
 from loadtest.haystack import ESSAY
-from loadtest.process import running_server
 
-FLAGS = ["--enforce-eager", "--max-model-len", "8192", "--max-num-batched-tokens", "512",
-         "--kv-cache-memory-bytes", str(3 * 2**30), "--disable-uvicorn-access-log"]  # fmt: skip
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(os.cpu_count()),
+}
+MARK = "result: "
 
 
 def text(words: int, seed: int) -> str:
     """Essay sentences in random order, about ``words`` words."""
-    rng, parts, total = random.Random(seed), [], 0
-    while total < words:
+    rng = random.Random(seed)
+    parts: list[str] = []
+    while sum(len(p.split()) for p in parts) < words:
         parts.append(rng.choice(ESSAY))
-        total += len(parts[-1].split())
     return " ".join(parts)
 
 
-async def measure(url: str, streams: int, tokens: int) -> tuple[float, int, float]:
-    """TTFT of a lone prompt (s), its tokens, and output tokens/s of concurrent streams."""
-    shared = text(3350, seed=0)
-    prompts = [f"{shared} {text(1680, seed=i + 1)}" for i in range(streams)]
-    async with Client(url, timeout=1800) as client:
-        await client.complete("Warm-up, unlike any prompt that is measured:", 4)
-        alone = await client.complete(prompts[0], 1)
-        answers = await asyncio.gather(*(client.complete(p, tokens) for p in prompts))
-    for answer in (alone, *answers):
-        if answer.error:
-            raise SystemExit(f"a request failed: {answer.error}")
-    return alone.ttft, alone.prompt_tokens, rate(answers)
+def measure(policy: str | None, streams: int, steps: int) -> tuple[float, int, float]:
+    """Seconds to the first token of a lone prompt, its tokens, and output tokens/s."""
+    from vllm import LLM, SamplingParams
 
+    from server.models import get_model
 
-def rate(answers: list[Answer]) -> float:
-    """Tokens/s between the last first token and the first last token: all streams decode."""
-    begin, end = max(a.arrivals[0] for a in answers), min(a.arrivals[-1] for a in answers)
-    if end <= begin:
-        raise SystemExit("the streams never decoded together: ask for more --tokens")
-    return sum(begin < t <= end for a in answers for t in a.arrivals) / (end - begin)
+    llm = LLM(
+        str(get_model("smollm2-135m")),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=8192,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=3 << 30,
+        additional_config={"cache_policy": policy} if policy else {},
+    )
+    shared = text(3900, seed=0)
+    prompts = [f"{shared} {text(950, seed=i + 1)}" for i in range(streams)]
+    llm.generate("Warm-up.", SamplingParams(max_tokens=2), use_tqdm=False)
+    begin = time.perf_counter()
+    lone = llm.generate(prompts[0], SamplingParams(max_tokens=1), use_tqdm=False)[0]
+    ttft = time.perf_counter() - begin
+    engine = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, SamplingParams(max_tokens=2000, ignore_eos=True))
+    while len(engine.step()) < streams:  # until a step gives every stream a token
+        pass
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        assert len(engine.step()) == streams
+        times.append(time.perf_counter() - begin)
+    return ttft, len(lone.prompt_token_ids), streams / statistics.median(times)
 
 
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--policy", action="append")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only is not None:
+        print(MARK + json.dumps(measure(options.only or None, options.streams, options.steps)))
+        return
     print(f"{'':14}{'prompt':>8}{'TTFT s':>9}{'x stock':>9}{'out tok/s':>11}{'x stock':>9}")
     base: tuple[float, float] | None = None
-    for policy in (None, *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
-        flags = [options.model, *FLAGS, *(["--cache-policy", policy] if policy else [])]
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            running_server(flags, Path(folder) / "log") as server,
-        ):
-            ttft, prompt, speed = asyncio.run(measure(server.url, options.streams, options.tokens))
-        base = base or (ttft, speed)
-        print(
-            f"{policy or 'stock float32':14}{prompt:8}{ttft:9.1f}{ttft / base[0]:9.2f}"
-            f"{speed:11.1f}{speed / base[1]:9.2f}",
-            flush=True,
+    for policy in ("", *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
+        command = [sys.executable, __file__, "--only", policy, "--streams", str(options.streams)]
+        command += ["--steps", str(options.steps)]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
         )
+        line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
+        ttft, prompt, speed = json.loads(line.removeprefix(MARK))
+        base = base or (ttft, speed)
+        name = policy or "stock float32"
+        ratios = f"{ttft / base[0]:9.2f}", f"{speed / base[1]:9.2f}"
+        print(f"{name:14}{prompt:8}{ttft:9.1f}{ratios[0]}{speed:11.1f}{ratios[1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far each codec moves the next-token distributions, on real text, inside the engine.
 
-    python benchmarks/quality_kl.py [--tokens 1024] [--policy P ...]
+Usage: ``python benchmarks/quality_kl.py [--tokens 1024] [--policy P ...]``
 
 The text is the documentation that Python carries (`pydoc_data.topics`). Prefill runs in chunks
 of 128 tokens, so nearly every position is predicted from stored, encoded tokens. Prints the
@@ -18,15 +18,31 @@ from pathlib import Path
 
 import torch
 
-POLICIES = ("fp16", "raw", "bf16", "int8", "kivi(k_bits=8,v_bits=8)", "flexgen-4bit",
-            "kivi-4bit", "kivi(k_bits=4,v_bits=2)", "kivi(k_bits=2,v_bits=4)", "kivi-2bit")  # fmt: skip
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "2",
-               "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
+POLICIES = (
+    "fp16",
+    "raw",
+    "bf16",
+    "int8",
+    "kivi(k_bits=8,v_bits=8)",
+    "flexgen-4bit",
+    "kivi-4bit",
+    "kivi(k_bits=4,v_bits=2)",
+    "kivi(k_bits=2,v_bits=4)",
+    "kivi-2bit",
+)
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 def collect(policy: str, tokens: int, out: Path) -> None:
     """Save the log-probabilities of every prompt position, ``[tokens - 1, vocabulary]``."""
     from pydoc_data import topics
+
     from vllm import LLM, SamplingParams
 
     from server.models import get_model
@@ -36,8 +52,7 @@ def collect(policy: str, tokens: int, out: Path) -> None:
         max_num_batched_tokens=128, kv_cache_memory_bytes=512 << 20, enable_prefix_caching=False,
         additional_config={"cache_policy": policy},
     )  # fmt: skip
-    text = " ".join(topics.topics[name] for name in ("naming", "execmodel", "imports", "customization")
-                    if name in topics.topics)  # fmt: skip
+    text = " ".join(topics.topics[name] for name in ("naming", "imports", "customization", "try"))
     prompt = llm.get_tokenizer()(text).input_ids[:tokens]
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     model, seen = worker.get_model(), []

@@ -1,6 +1,6 @@
 """The main job, first form: serve the embedded model under several policies and measure.
 
-    python -m loadtest.demo [--policy P ...] [--out FOLDER]
+Usage: ``python -m loadtest.demo [--policy P ...] [--out FOLDER]``
 
 For every policy a server is started with the same cache memory, passkey prompts are sent
 through /v1/completions, the answers scored and /metrics read.
