@@ -52,7 +52,9 @@ def collect(policy: str, tokens: int, out: Path) -> None:
         max_num_batched_tokens=128, kv_cache_memory_bytes=512 << 20, enable_prefix_caching=False,
         additional_config={"cache_policy": policy},
     )  # fmt: skip
-    text = " ".join(topics.topics[name] for name in ("naming", "imports", "customization", "try"))
+    text = " ".join(
+        topics.topics[name] for name in ("naming", "execmodel", "import", "customization")
+    )
     prompt = llm.get_tokenizer()(text).input_ids[:tokens]
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     model, seen = worker.get_model(), []
