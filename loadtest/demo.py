@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import sys
 import time
@@ -91,6 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     policies = [str(parse(p)) for p in options.policy or POLICIES]
     options.out.mkdir(parents=True, exist_ok=True)
+    # A terminated run must stop its server too: SystemExit unwinds the context managers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     begin = time.monotonic()
     with console.status(f"getting {MODEL}"):
