@@ -1,24 +1,59 @@
 """The policy string: parse, validate, print back.
 
-Grammar: ``term ['+' term ...]``, a term being ``name`` or ``name(key=value, ...)``.
-A policy is a codec, a retention method and a retrieval method (see docs/policies.md); the
-axes other than the codec have one member each today, ``all``: every token is kept and read.
+Grammar: ``term ['+' term]``, a term being ``name`` or ``name(key=value, ...)``. One term may
+name a codec (how a stored token is encoded) and one a retention method (which tokens stay) or
+a retrieval method (which pages a query reads)::
+
+    kivi-2bit    snapkv(budget=1024)    snapkv(budget=1024)+kivi-4bit    infllm(topk=16)+int8
+
+Without a codec, tokens are stored in float16.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from cache_policies.codecs import CODECS, CodecEntry
+from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
+from cache_policies.parameters import parameters, read_arguments, shown
+from cache_policies.retention import retention_methods
+from cache_policies.retrieval import RETRIEVAL
 
 if TYPE_CHECKING:
     from cache_policies.codecs.base import Codec
+    from cache_policies.retention.base import Retention
+    from cache_policies.retrieval.base import Retrieval
+
+DEFAULT_CODEC = "fp16"
+KEEP_ALL = "all"  # a request's way to say: no retention method, every page is read
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")
-_PARAMETER = re.compile(r"\s*([a-z_]+)\s*=\s*(-?\d+)\s*")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one request may choose: which tokens stay, and which pages a query reads.
+
+    Attributes:
+        retention: None: every token stays.
+        retrieval: None: every page is read.
+
+    """
+
+    retention: Retention | None = None
+    retrieval: Retrieval | None = None
+
+    def __str__(self) -> str:
+        """The canonical string; it parses back to an equal method."""
+        return str(self.retention or self.retrieval or KEEP_ALL)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token stays and is read."""
+        return self.retention is None and self.retrieval is None
 
 
 @dataclass(frozen=True)
@@ -26,75 +61,118 @@ class Policy:
     """A parsed policy.
 
     Attributes:
-        codec: how a stored token is encoded.
-        name: the name the user wrote, e.g. ``kivi-4bit``.
+        codec: how a stored token is encoded; the same for every request of an engine.
+        codec_name: the codec's name as the user wrote it, e.g. ``kivi-4bit``.
+        method: what is kept and read; a request may choose another.
 
     """
 
     codec: Codec
-    name: str
+    codec_name: str
+    method: Method = Method()
 
     def __str__(self) -> str:
         """The canonical string; it parses back to an equal policy."""
-        entry = CODECS[self.name]
-        shown = [
-            f"{name}={getattr(self.codec, name)}"
-            for name, default in parameters(entry).items()
-            if getattr(self.codec, name) != default
-        ]
-        return f"{self.name}({','.join(shown)})" if shown else self.name
-
-
-def parameters(entry: CodecEntry) -> dict[str, int]:
-    """Parameters a user may set for a name, with their defaults."""
-    fixed = dict(entry.fixed)
-    return {f.name: f.default for f in fields(entry.cls) if f.name not in fixed}  # type: ignore[misc]
+        entry = CODECS[self.codec_name]
+        codec = shown(self.codec_name, self.codec, parameters(entry.cls, dict(entry.fixed)))
+        return codec if self.method.is_plain else f"{self.method}+{codec}"
 
 
 def parse(text: str) -> Policy:
     """Parse a policy string.
 
     Raises:
-        PolicyError: unknown name or parameter, value out of range, or bad syntax; the message
-            names what is allowed.
+        PolicyError: unknown name or parameter, value out of range, bad syntax or an impossible
+            combination; the message names what is allowed.
 
     """
+    return _parse(_string(text))
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Policy:
+    method, codecs = _split(text)
+    if len(codecs) > 1:
+        raise PolicyError(f"cache policy {text!r}: only one codec can be given; {_allowed()}")
+    name, arguments = codecs[0] if codecs else (DEFAULT_CODEC, None)
+    entry = CODECS[name]
+    allowed = parameters(entry.cls, dict(entry.fixed))
+    try:
+        codec = entry.build(**read_arguments(name, arguments, allowed))
+    except PolicyError as error:
+        raise PolicyError(f"cache policy {text!r}: {error}") from None
+    return Policy(codec, name, method)
+
+
+def parse_method(text: str) -> Method:
+    """Parse what a request may choose: a retention or retrieval method, or ``all``.
+
+    Raises:
+        PolicyError: as ``parse``, and for a codec, which is the server's to choose.
+
+    """
+    return _parse_method(_string(text))
+
+
+@lru_cache(maxsize=1024)
+def _parse_method(text: str) -> Method:
+    method, codecs = _split(text)
+    if codecs:
+        raise PolicyError(
+            f"cache policy {text!r}: a request cannot choose the codec {codecs[0][0]!r}, which "
+            "fixes the page layout of the whole server (kvthrift serve --cache-policy); "
+            f"allowed: {', '.join(_method_names())}"
+        )
+    return method
+
+
+def _string(text: object) -> str:
     if not isinstance(text, str) or not text.strip():
         raise PolicyError(f"cache_policy must be a non-empty string, not {text!r}; {_allowed()}")
-    terms = text.split("+")
-    if len(terms) > 1:
+    return text
+
+
+def _split(text: str) -> tuple[Method, list[tuple[str, str | None]]]:
+    """The method of a policy string, and the codecs it names with their arguments."""
+    codecs: list[tuple[str, str | None]] = []
+    methods: list[Method] = []
+    for term in text.split("+"):
+        match = _TERM.fullmatch(term)
+        if not match:
+            raise PolicyError(f"cache policy {text!r} is not name(key=value,...); {_allowed()}")
+        name, arguments = match[1], match[2]
+        if name in CODECS:
+            codecs.append((name, arguments))
+        else:
+            methods.append(_method(text, name, arguments))
+    if len(methods) > 1:
         raise PolicyError(
-            f"cache policy {text!r}: only one codec can be given, and combining with '+' needs "
-            f"a retention or retrieval method, none of which exists yet; {_allowed()}"
+            f"cache policy {text!r}: {methods[0]} and {methods[1]} cannot be combined; one "
+            "retention or retrieval method and one codec can"
         )
-    match = _TERM.fullmatch(terms[0])
-    if not match:
-        raise PolicyError(f"cache policy {text!r} is not name or name(key=value,...); {_allowed()}")
-    name, arguments = match[1], match[2]
-    if name not in CODECS:
+    return methods[0] if methods else Method(), codecs
+
+
+def _method(text: str, name: str, arguments: str | None) -> Method:
+    if name == KEEP_ALL and not arguments:
+        return Method()
+    retention, retrieval = retention_methods().get(name), RETRIEVAL.get(name)
+    cls = retention or retrieval
+    if cls is None:
         raise PolicyError(f"unknown cache policy {name!r}; {_allowed()}")
-    entry = CODECS[name]
     try:
-        return Policy(entry.build(**_arguments(name, arguments, parameters(entry))), name)
+        given = read_arguments(name, arguments, cls.settable())
+        if retention is not None:
+            return Method(retention=retention.build(given))
+        assert retrieval is not None
+        return Method(retrieval=retrieval(**given))  # type: ignore[arg-type]
     except PolicyError as error:
         raise PolicyError(f"cache policy {text!r}: {error}") from None
 
 
+def _method_names() -> list[str]:
+    return [KEEP_ALL, *retention_methods(), *RETRIEVAL]
+
+
 def _allowed() -> str:
-    return "allowed: " + ", ".join(CODECS)
-
-
-def _arguments(name: str, text: str | None, allowed: dict[str, int]) -> dict[str, int]:
-    given: dict[str, int] = {}
-    for item in text.split(",") if text and text.strip() else []:
-        match = _PARAMETER.fullmatch(item)
-        if not match:
-            raise PolicyError(f"parameter {item.strip()!r} is not key=whole number")
-        key = match[1]
-        if key not in allowed:
-            listed = ", ".join(f"{k}={v}" for k, v in allowed.items()) or "none"
-            raise PolicyError(f"{name} has no parameter {key!r}; it has: {listed}")
-        if key in given:
-            raise PolicyError(f"parameter {key!r} is given twice")
-        given[key] = int(match[2])
-    return given
+    return f"allowed: {', '.join(CODECS)}; and with '+': {', '.join(_method_names())}"

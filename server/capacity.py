@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_policies.page import PageLayout
 from cache_policies.plan import Plan
+from cache_policies.request import Engine, span_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,9 @@ class Capacity:
 def capacity(
     policy: Policy, shape: ModelShape, memory: int, tokens: int, page_tokens: int = 128
 ) -> Capacity:
-    """Capacity of ``memory`` bytes for requests of ``tokens`` tokens each.
+    """Capacity of ``memory`` bytes for requests with prompts of ``tokens`` tokens each.
+
+    Requests are counted once their prompts are complete and what is dropped is given back.
 
     Raises:
         PolicyError: the policy cannot store this shape.
@@ -77,7 +80,9 @@ def capacity(
     layout = PageLayout(policy.codec, shape.head_size, page_tokens, shape.dtype)
     plan = Plan.of(layout)
     page_bytes = layout.head_bytes * shape.num_kv_heads * shape.layers
-    pages = int(plan.pages(tokens))
+    engine = Engine(plan, shape.layers, longest=2 * tokens, room=2**31)
+    span = span_of(policy.method, engine, tokens)
+    pages = span.pages(tokens) - len(span.given_back(tokens))
     half = tokens * 4 * shape.head_size * shape.num_kv_heads * shape.layers
     return Capacity(
         bytes_per_token=page_bytes / page_tokens,

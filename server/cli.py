@@ -12,7 +12,10 @@ from rich.table import Table
 
 from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.policy import parameters, parse
+from cache_policies.parameters import parameters
+from cache_policies.policy import parse
+from cache_policies.retention import Retention, retention_methods
+from cache_policies.retrieval import RETRIEVAL, Retrieval
 from server.capacity import ModelShape, capacity
 from server.models import MODELS, ModelError, get_model, model_path
 
@@ -67,7 +70,7 @@ def policies(
     ):
         table.add_column(heading, overflow="fold")
     for name, entry in CODECS.items():
-        shown = ", ".join(f"{k}={v}" for k, v in parameters(entry).items())
+        shown = ", ".join(f"{k}={v}" for k, v in parameters(entry.cls, dict(entry.fixed)).items())
         about = (name, shown, entry.cls.keeps, entry.cls.loses)
         try:
             result = capacity(parse(name), shape, size, tokens)
@@ -77,6 +80,18 @@ def policies(
         numbers = (f"{result.bytes_per_token:,.0f}", str(result.requests), f"{result.ratio:.2f}")
         table.add_row(*about, *numbers)
     console.print(table)
+    console.print(_methods())
+
+
+def _methods() -> Table:
+    table = Table(title="with any codec, as METHOD+CODEC; a request may choose METHOD for itself")
+    for heading in ("method", "parameters", "keeps", "loses", "prefill"):
+        table.add_column(heading, overflow="fold")
+    methods: dict[str, type[Retention] | type[Retrieval]] = {**retention_methods(), **RETRIEVAL}
+    for name, cls in methods.items():
+        shown = ", ".join(f"{k}={v}" for k, v in cls.settable().items() if k != "prefill")
+        table.add_row(name, shown, cls.keeps, cls.loses, ", ".join(cls.PREFILL))
+    return table
 
 
 @model_app.command("list")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache_policies.codecs.flexgen import FlexGen
 from cache_policies.codecs.int8 import Int8
@@ -28,7 +28,7 @@ class CodecEntry:
     cls: type[Codec]
     fixed: tuple[tuple[str, int], ...] = ()
 
-    def build(self, **parameters: int) -> Codec:
+    def build(self, **parameters: Any) -> Codec:
         """Make the codec; ``parameters`` must be names of fields that are not fixed."""
         return partial(self.cls, **dict(self.fixed))(**parameters)
 

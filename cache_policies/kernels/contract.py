@@ -23,7 +23,9 @@ class Batch:
         query_start: ``[num_seqs + 1]`` int32, first fresh token of each request.
         stored: ``[num_seqs]`` int32, tokens in the store before this step.
         ring: ``[num_seqs]`` int32, tokens in the ring before this step.
-        stored_after: ``[num_seqs]`` int32, tokens in the store after this step.
+        stored_after: ``[num_seqs]`` int32, tokens in the store after ``append``.
+        appended: ``[num_seqs]`` int32, fresh tokens that ``append`` writes, the first ones.
+        store_row: ``[num_seqs]`` int32, row index of the first store page.
         block_table: ``[num_seqs, row]`` int32, ring pages first.
 
     """
@@ -32,6 +34,8 @@ class Batch:
     stored: torch.Tensor
     ring: torch.Tensor
     stored_after: torch.Tensor
+    appended: torch.Tensor
+    store_row: torch.Tensor
     block_table: torch.Tensor
 
     @property
@@ -47,7 +51,7 @@ class Batch:
         computed: npt.NDArray[np.int32],
         block_table: torch.Tensor,
     ) -> Batch:
-        """Apply the plan to a step.
+        """Apply the plan to a step of requests that drop nothing.
 
         Args:
             plan: the policy's token arithmetic.
@@ -56,15 +60,74 @@ class Batch:
             block_table: ``[num_seqs, row]`` int32.
 
         """
-        after = computed + (query_start[1:] - query_start[:-1])
+        fresh = query_start[1:] - query_start[:-1]
         stored = plan.stored(computed)
         return cls(
-            torch.from_numpy(query_start),
-            torch.from_numpy(stored),
-            torch.from_numpy(computed - stored),
-            torch.from_numpy(plan.stored(after)),
-            block_table,
+            query_start=torch.from_numpy(query_start),
+            stored=torch.from_numpy(stored),
+            ring=torch.from_numpy(computed - stored),
+            stored_after=torch.from_numpy(plan.stored(computed + fresh)),
+            appended=torch.from_numpy(fresh),
+            store_row=torch.full((len(computed),), plan.ring_pages, dtype=torch.int32),
+            block_table=block_table,
         )
+
+    def one(
+        self, seq: int, *, held: int, stored: int, store_row: int, fresh: range | None = None
+    ) -> Batch:
+        """A batch of one of the requests in a state of its own, for ``read`` and ``write``.
+
+        Args:
+            seq: index of the request.
+            held: tokens it holds.
+            stored: how many of them are in the store; the others are in the ring.
+            store_row: row index of its first store page.
+            fresh: tokens of this step that count as fresh; none by default.
+
+        """
+        span = fresh or range(0)
+        return Batch(
+            query_start=torch.tensor([span.start, span.stop], dtype=torch.int32),
+            stored=torch.tensor([stored], dtype=torch.int32),
+            ring=torch.tensor([held - stored], dtype=torch.int32),
+            stored_after=torch.tensor([stored], dtype=torch.int32),
+            appended=torch.zeros(1, dtype=torch.int32),
+            store_row=torch.tensor([store_row], dtype=torch.int32),
+            block_table=self.block_table[seq : seq + 1],
+        )
+
+
+@dataclass(frozen=True)
+class Mass:
+    """A request to ``attend`` to count the probability mass that tokens get.
+
+    Attributes:
+        first_query: ``[num_seqs]`` int32, fresh queries from this one on are counted.
+        first_token: ``[num_seqs]`` int32, store pages that end before it are left out.
+        out: per request None (nothing is counted) or ``[num_kv_heads, capacity]`` float32, to
+            which the mass is added: summed over the queries and the query heads of a KV head,
+            for the tokens of store, ring and this step, in this order.
+
+    """
+
+    first_query: torch.Tensor
+    first_token: torch.Tensor
+    out: list[torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The store pages that ``attend`` reads.
+
+    Attributes:
+        pages: ``[num_seqs, num_kv_heads, width]`` int32, ascending.
+        count: ``[num_seqs, num_kv_heads]`` int32, how many of them, the same for every head of
+            a request; -1: all pages of the request.
+
+    """
+
+    pages: torch.Tensor
+    count: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -102,6 +165,8 @@ class Kernel(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
+        mass: Mass | None = None,
+        reads: Reads | None = None,
     ) -> None:
         """Softmax over store, ring and fresh tokens, causal inside the fresh ones.
 
@@ -112,13 +177,58 @@ class Kernel(Protocol):
             key: ``[num_tokens, num_kv_heads, head_size]``, the fresh keys.
             value: same shape as ``key``.
             output: same shape as ``query``, written.
+            mass: probability mass to count.
+            reads: store pages to read; all by default.
 
         """
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Write the fresh tokens into the ring; absorb full groups into the store.
+        """Write fresh tokens into the ring; absorb full groups into the store.
 
         Runs after ``attend`` of the same step, which reads the ring this overwrites.
+        """
+
+    def read(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode tokens of a batch of one request.
+
+        Args:
+            pages: as for ``attend``.
+            batch: see ``Batch.one``.
+            key: the step's fresh keys.
+            value: the step's fresh values.
+            index: ``[num_kv_heads, count]`` int32, numbers of tokens counted through store,
+                ring and fresh ones; by default all of them.
+
+        Returns:
+            key and value, each ``[num_kv_heads, count, head_size]`` float32.
+
+        """
+
+    def write(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        index: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        """Encode tokens into a batch of one request: the reverse of ``read``.
+
+        Args:
+            pages: as for ``attend``, written.
+            batch: the request's counts after the write.
+            index: ``[num_kv_heads, count]`` int32, where each token goes; below 0: nowhere. A
+                codec whose keys share scales over tokens takes 0, 1, 2, ... only.
+            key: ``[num_kv_heads, count, head_size]`` float32; may be changed.
+            value: same shape as ``key``.
+
         """

@@ -17,7 +17,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 
 if TYPE_CHECKING:
-    from cache_policies.kernels.contract import Batch, Shape
+    from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
     from cache_policies.page import PageLayout
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -81,8 +81,11 @@ class CpuKernel:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
+        mass: Mass | None = None,
+        reads: Reads | None = None,
     ) -> None:
         self._set(pages, batch)
+        kept_alive = self._set_options(batch, mass, reads)
         heads = self.shape.num_heads
         self._layer.attend(
             *self._rows("query", query, heads),
@@ -91,6 +94,7 @@ class CpuKernel:
             *self._rows("output", output, heads),
             self.num_threads,
         )
+        del kept_alive
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -102,12 +106,102 @@ class CpuKernel:
             self.num_threads,
         )
 
+    def read(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._set(pages, batch)
+        fresh = batch.query_start[1] - batch.query_start[0]
+        held = int(batch.stored[0] + batch.ring[0] + fresh)
+        count = held if index is None else index.shape[1]
+        self._check_index(batch, index, held)
+        out = torch.empty(2, self.shape.num_kv_heads, count, self.layout.head_size)
+        self._layer.read(
+            *self._rows("key", key, self.shape.num_kv_heads),
+            *self._rows("value", value, self.shape.num_kv_heads),
+            0 if index is None else index.data_ptr(),
+            count,
+            out[0].data_ptr(),
+            out[1].data_ptr(),
+            self.num_threads,
+        )
+        return out[0], out[1]
+
+    def write(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        index: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        self._set(pages, batch)
+        self._check_index(batch, index, int(batch.stored[0] + batch.ring[0]))
+        wanted = (*index.shape, self.layout.head_size)
+        for x in (key, value):
+            _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
+            _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
+        if self._groups_tokens:
+            _require(bool((index == torch.arange(index.shape[1])).all()), "write in order")
+            _require(index.shape[1] == batch.stored[0] + batch.ring[0], "write all tokens")
+        self._layer.write(
+            index.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(), self.num_threads
+        )
+
+    @property
+    def _groups_tokens(self) -> bool:
+        codec = self.layout.codec
+        return isinstance(codec, AffineCodec) and codec.keys_per_channel
+
+    def _check_index(self, batch: Batch, index: torch.Tensor | None, held: int) -> None:
+        _require(batch.num_seqs == 1, "a batch of one request is read and written")
+        if index is None:
+            return
+        _require(index.dtype == torch.int32 and index.is_contiguous(), "index: int32")
+        _require(index.shape[0] == self.shape.num_kv_heads, f"index: {tuple(index.shape)}")
+        _require(index.numel() == 0 or int(index.max()) < held, "index beyond the held tokens")
+
+    def _set_options(
+        self, batch: Batch, mass: Mass | None, reads: Reads | None
+    ) -> list[torch.Tensor]:
+        """Pass the addresses on; returns what must live until the call is over."""
+        addresses, kept = [0, 0, 0, 0, 0, 0, 0], []
+        if mass is not None:
+            held = batch.stored + batch.ring + batch.query_start[1:] - batch.query_start[:-1]
+            for out, need in zip(mass.out, held.tolist(), strict=True):
+                if out is not None:
+                    _require(out.dtype == torch.float32 and out.is_contiguous(), "mass: float32")
+                    _require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
+                    _require(out.shape[1] >= need, "mass: fewer places than tokens")
+            at = torch.tensor([0 if o is None else o.data_ptr() for o in mass.out])
+            stride = torch.tensor([0 if o is None else o.stride(0) for o in mass.out])
+            kept = [mass.first_query, mass.first_token, at, stride]
+            _require(all(x.dtype == torch.int32 for x in kept[:2]), "mass: int32")
+            addresses[:4] = [x.data_ptr() for x in kept]
+        if reads is not None:
+            _require(reads.pages.dtype == torch.int32 and reads.pages.is_contiguous(), "reads")
+            _require(reads.count.dtype == torch.int32 and reads.count.is_contiguous(), "reads")
+            addresses[4:] = [reads.pages.data_ptr(), reads.count.data_ptr(), reads.pages.shape[2]]
+        self._layer.set_options(*addresses)
+        return kept
+
     def _set(self, pages: torch.Tensor, batch: Batch) -> None:
         _require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")
         _require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
         table = batch.block_table
         _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
-        counts = (batch.query_start, batch.stored, batch.ring, batch.stored_after)
+        counts = (
+            batch.query_start,
+            batch.stored,
+            batch.ring,
+            batch.stored_after,
+            batch.appended,
+            batch.store_row,
+        )
         _require(all(c.dtype == torch.int32 and c.is_contiguous() for c in counts), "counts: int32")
         self._layer.set_pages(pages.data_ptr(), pages.stride(0), pages.stride(1))
         self._layer.set_batch(

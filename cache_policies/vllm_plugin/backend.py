@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
@@ -23,11 +24,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from cache_policies.cut import Layer, Tokens
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.page import PageLayout
-from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
+from cache_policies.step import Step
+from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 if TYPE_CHECKING:
@@ -35,8 +39,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-    from cache_policies.kernels.contract import Kernel
 
 
 # vLLM shows only loggers below its own name.
@@ -59,7 +61,7 @@ class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
         policy = RingStoreImpl.policy_in_use
         if policy is None or type(spec) is not FullAttentionSpec or spec.sliding_window:
             return spec
-        return RingStoreSpec.of(spec, policy)
+        return RingStoreSpec.of(spec, policy, RingStoreImpl.layers_in_use)
 
 
 @dataclass
@@ -67,12 +69,14 @@ class RingStoreMetadata:
     """One step: the batch in the kernels' terms.
 
     Attributes:
-        batch: counts and block table.
+        batch: counts and block table, where every request is plain.
+        step: the batch where one is not.
         num_tokens: fresh tokens, without padding.
 
     """
 
-    batch: Batch
+    batch: Batch | None
+    step: Step | None
     num_tokens: int
 
 
@@ -94,6 +98,8 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = kv_cache_spec.plan
+        self.rows = rows_of(vllm_config)
+        self.rows.plan = self.plan
 
     def build(
         self,
@@ -107,19 +113,28 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         lengths = common_attn_metadata.seq_lens[:count].numpy()
         computed = lengths - (start[1:] - start[:-1])
         table = common_attn_metadata.block_table_tensor[:count]
-        batch = Batch.of(self.plan, start, computed, table)
-        return RingStoreMetadata(batch, common_attn_metadata.num_actual_tokens)
+        fresh = common_attn_metadata.num_actual_tokens
+        states = self.rows.states(count)
+        if all(state is None for state in states):
+            return RingStoreMetadata(Batch.of(self.plan, start, computed, table), None, fresh)
+        for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
+            if state is not None:
+                state.advance(before, after)
+        return RingStoreMetadata(None, Step(self.plan, start, computed, states, table), fresh)
 
 
 class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
     """Attention of one layer that is ours."""
 
     policy_in_use: str | None = None  # of this process; set when the first layer is made
+    layers_in_use = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Our implementation for our layers, the stock one for the others."""
-        asked = settings(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        asked = settings(vllm_config)
         cls.policy_in_use = str(asked.policy) if asked else None
+        cls.layers_in_use = vllm_config.model_config.get_total_num_hidden_layers()
         if asked is None or not _is_full_attention(*args, **kwargs):
             return CPUAttentionBackendImpl(*args, **kwargs)
         return super().__new__(cls)
@@ -159,7 +174,8 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.model_dtype = vllm_config.model_config.dtype
         self.shape = Shape(num_heads, num_kv_heads, float(scale))
         self._kernel_class = kernel_class(asked.kernel)
-        self._kernel: Kernel | None = None
+        self._layer: Layer | None = None
+        self._model_config = vllm_config.model_config
         logger.info_once(
             "kvthrift: cache policy %s, attention kernel %s",
             str(asked.policy),
@@ -204,13 +220,30 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         assert output_block_scale is None
         if attn_metadata is None:
             return output
-        if self._kernel is None:
-            self._kernel = self._kernel_class(self._layout(kv_cache.shape[2]), self.shape)
-        count, batch, pages = attn_metadata.num_tokens, attn_metadata.batch, kv_cache.flatten(2)
-        key, value = key[:count], value[:count]
-        self._kernel.attend(pages, batch, query[:count], key, value, output[:count])
-        self._kernel.append(pages, batch, key, value)
+        count = attn_metadata.num_tokens
+        if self._layer is None or self._layer.pages.data_ptr() != kv_cache.data_ptr():
+            self._layer = self._make_layer(layer, kv_cache)
+        tokens = Tokens(query[:count], key[:count], value[:count])
+        if attn_metadata.step is not None:
+            attn_metadata.step.run(self._layer, tokens, output[:count])
+            return output
+        kernel, pages, batch = self._layer.kernel, self._layer.pages, attn_metadata.batch
+        assert batch is not None
+        kernel.attend(pages, batch, *tokens, output[:count])
+        kernel.append(pages, batch, tokens.key, tokens.value)
         return output
+
+    def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
+        layout = self._layout(kv_cache.shape[2])
+        return Layer(
+            index=extract_layer_index(layer.layer_name),
+            layers=self._model_config.get_total_num_hidden_layers(),
+            layout=layout,
+            kernel=self._kernel_class(layout, self.shape),
+            pages=kv_cache.flatten(2),
+            rope=model_rope(self._model_config),
+            scale=self.scale,
+        )
 
 
 def _is_full_attention(

@@ -7,12 +7,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import Policy, parse
+from cache_policies.policy import Method, Policy, parse, parse_method
+from cache_policies.rope import Rope
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
+SCHEDULER = "cache_policies.vllm_plugin.scheduler.PolicyScheduler"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,38 @@ def _settings(policy: str, kernel: str) -> Settings:
     return Settings(parse(policy), kernel)
 
 
+def method_of(sampling_params: SamplingParams | None, default: Method) -> Method:
+    """What a request chose in ``vllm_xargs``, or the engine's default.
+
+    Raises:
+        PolicyError: as ``parse_method``; refused at admission, so not later.
+
+    """
+    asked = (sampling_params.extra_args or {}).get(POLICY_KEY) if sampling_params else None
+    return default if asked is None else parse_method(asked)
+
+
+def refuse_method(method: Method, model_config: Any) -> None:
+    """Refuse a method that the model cannot serve.
+
+    Raises:
+        PolicyError: naming what the model lacks.
+
+    """
+    retention = method.retention
+    if retention is not None and (retention.USES_QUERIES or retention.rotates):
+        Rope.of(model_config.hf_text_config, model_config.get_head_size())
+
+
+def model_rope(model_config: Any) -> Rope:
+    """The model's rotary embedding; one that turns nothing where ``refuse_method`` refuses."""
+    head_size = model_config.get_head_size()
+    try:
+        return Rope.of(model_config.hf_text_config, head_size)
+    except PolicyError:
+        return Rope(head_size, 0.0)
+
+
 def refuse_engine(vllm_config: VllmConfig) -> None:
     """Refuse engine features under which pages would be read or shared in ways not built yet.
 
@@ -63,6 +98,10 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
         (model.use_mla, f"multi-head latent attention (MLA), which {model.model} uses"),
         (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
         (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
+        (
+            _other_scheduler(vllm_config.scheduler_config.scheduler_cls),
+            "a scheduler of your own; drop --scheduler-cls",
+        ),
         (_context_parallel(parallel), "context parallelism; drop the context-parallel flags"),
         (
             vllm_config.cache_config.cache_dtype != "auto",
@@ -77,6 +116,10 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
     for present, feature in reasons:
         if present:
             raise PolicyError(f"a cache policy cannot be combined with {feature}")
+
+
+def _other_scheduler(chosen: Any) -> bool:
+    return chosen is not None and chosen != SCHEDULER
 
 
 def _context_parallel(parallel: Any) -> bool:

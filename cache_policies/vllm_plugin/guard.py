@@ -2,7 +2,7 @@
 
 vLLM logs a general plugin's import error and goes on, and chooses other backends for some
 models. A logits processor is the official object that exists in every worker and sees every
-request's parameters; this one leaves the logits alone.
+request's parameters; this one leaves the logits alone, and keeps ``rows`` up to date.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from cache_policies.errors import PolicyError
+from cache_policies.policy import Method
 from cache_policies.vllm_plugin import BACKEND_PATH
-from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_engine, settings
+from cache_policies.vllm_plugin.config import method_of, refuse_engine, refuse_method, settings
+from cache_policies.vllm_plugin.rows import Rows, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,29 +28,30 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
     """Entry point ``vllm.logits_processors``."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        if settings(vllm_config) is None:
+        self.rows: Rows | None = None
+        asked = settings(vllm_config)
+        if asked is None:
             return
         refuse_engine(vllm_config)
+        refuse_method(asked.policy.method, vllm_config.model_config)
         active = AttentionBackendEnum.CPU_ATTN.get_path()
         if active != BACKEND_PATH:
             raise PolicyError(
                 f"the cache policy is not active in this worker: its attention backend is "
                 f"{active}. Is kvthrift missing from VLLM_PLUGINS, or did its plugin fail to load?"
             )
+        self.rows = rows_of(vllm_config)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        if POLICY_KEY in (sampling_params.extra_args or {}):
-            raise ValueError(
-                f"{POLICY_KEY} cannot be chosen per request: it is a property of the server "
-                "(kvthrift serve --cache-policy ...)"
-            )
+        method_of(sampling_params, Method())
 
     def is_argmax_invariant(self) -> bool:
         return True
 
     def update_state(self, batch_update: Any) -> None:
-        pass
+        if self.rows is not None:
+            self.rows.update(batch_update)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

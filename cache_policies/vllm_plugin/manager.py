@@ -2,7 +2,8 @@
 
 The row of a request is its ring pages followed by its store pages (see
 ``cache_policies.plan``). Only the store part is indexed by position, so only it takes part
-in prefix caching.
+in prefix caching. Pages in front of what a request kept are given back one step after the
+workers left them, with their hashes: they stay hits until they are reused.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from cache_policies.request import Engine, published_tokens, span_of
+from cache_policies.vllm_plugin.config import method_of
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    from cache_policies.plan import Span
+    from cache_policies.policy import Method
     from cache_policies.vllm_plugin.spec import RingStoreSpec
+
+
+MAX_SPANS = 4096  # remembered; they are cheap to make again
 
 
 class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
@@ -27,7 +36,41 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
 
     def __init__(self, kv_cache_spec: RingStoreSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.plan = kv_cache_spec.plan
+        self.plan, self.layers = kv_cache_spec.plan, kv_cache_spec.layers
+        self.default = kv_cache_spec.policy_in_force.method
+        self.pages_given_back = 0
+        self._engine: Engine | None = None
+        self._requests: Mapping[str, Request] = {}
+        self._spans: dict[tuple[Method, int], Span] = {}
+
+    def attach(self, requests: Mapping[str, Request], longest: int) -> None:
+        """Let the manager see the scheduler's requests.
+
+        Args:
+            requests: by id, kept up to date by the scheduler.
+            longest: most tokens of a request.
+
+        """
+        room = self.block_pool.num_gpu_blocks - 1 if self.enable_caching else None
+        self._requests, self._engine = requests, Engine(self.plan, self.layers, longest, room)
+
+    def method(self, request: Request) -> Method:
+        """What the request chose."""
+        return method_of(request.sampling_params, self.default)
+
+    def span(self, request: Request) -> Span:
+        """The request's token arithmetic."""
+        if self._engine is None:
+            raise RuntimeError(
+                "the engine's scheduler is not cache_policies.vllm_plugin.scheduler."
+                "PolicyScheduler; drop --scheduler-cls"
+            )
+        method, prompt = self.method(request), request.num_prompt_tokens
+        if (method, prompt) not in self._spans:
+            if len(self._spans) >= MAX_SPANS:
+                self._spans.clear()
+            self._spans[method, prompt] = span_of(method, self._engine, prompt)
+        return self._spans[method, prompt]
 
     def get_num_blocks_to_allocate(
         self,
@@ -40,10 +83,11 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        span = self._span(request_id)
         owned = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         # A hit that nobody holds sits in the free queue: taking it uses a free page too.
         taken: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return max(0, self.plan.pages(num_tokens) - owned) + taken
+        return max(0, span.pages(num_tokens) - owned) + taken
 
     def add_local_computed_blocks(
         self,
@@ -70,7 +114,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         row = self.req_to_blocks[request_id]
         before = len(row)
         self._take_ring(row)
-        missing = self.plan.pages(num_tokens) - len(row)
+        missing = self._span(request_id).pages(num_tokens) - len(row)
         if missing > 0:
             row.extend(self.block_pool.get_new_blocks(missing))
         return list(row[before:])
@@ -83,8 +127,9 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
+        limit = published_tokens(self.method(request), self.span(request))
         published = self.num_cached_block.get(request.request_id, 0)
-        full = self.plan.full_pages(num_tokens)
+        full = self.plan.full_pages(num_tokens if limit is None else min(num_tokens, limit))
         if published >= full:
             return
         self.block_pool.cache_full_blocks(
@@ -97,8 +142,28 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         )
         self.num_cached_block[request.request_id] = full
 
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        gone = self._span(request_id).given_back(processed_computed_tokens)
+        row = self.req_to_blocks.get(request_id)
+        if not gone or not row or row[gone.stop - 1] is self._null_block:
+            return
+        # The last pages first: a prefix is worth more than what follows it.
+        freed = [row[i] for i in reversed(gone)]
+        for i in gone:
+            row[i] = self._null_block
+        self.block_pool.free_blocks(freed)
+        self.pages_given_back += len(freed)
+
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # cascade attention would read the ring as a shared prefix
+
+    def _span(self, request_id: str) -> Span:
+        return self.span(self._requests[request_id])
 
     def _take_ring(self, row: list[KVCacheBlock]) -> None:
         if not row and self.plan.ring_pages:

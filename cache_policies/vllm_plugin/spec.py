@@ -12,7 +12,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from cache_policies.page import PageLayout
 from cache_policies.plan import Plan
-from cache_policies.policy import parse
+from cache_policies.policy import Policy, parse
+from cache_policies.vllm_plugin.config import SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 
 if TYPE_CHECKING:
@@ -26,17 +27,19 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
     Attributes:
         policy: canonical policy string.
         model_dtype: dtype of keys and values; ``dtype`` itself is uint8, the pages' type.
+        layers: attention layers of the model, for budgets that differ between them.
 
     """
 
     policy: str
     model_dtype: torch.dtype
+    layers: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, policy: str) -> RingStoreSpec:
+    def of(cls, spec: AttentionSpec, policy: str, layers: int) -> RingStoreSpec:
         """Our spec of a layer for which vLLM made ``spec``."""
         given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        given.update(dtype=torch.uint8, policy=policy, model_dtype=spec.dtype)
+        given.update(dtype=torch.uint8, policy=policy, model_dtype=spec.dtype, layers=layers)
         return cls(**given)
 
     @classmethod
@@ -44,6 +47,11 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("layers of one KV cache group must have the same page layout")
         return specs[0]
+
+    @property
+    def policy_in_force(self) -> Policy:
+        """The engine's policy."""
+        return parse(self.policy)
 
     @property
     def layout(self) -> PageLayout:
@@ -65,11 +73,15 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        pages = self.plan.pages(vllm_config.model_config.max_model_len)
+        # vLLM asks this in the engine's process, before it makes the scheduler.
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        # One page more: what a request keeps may begin on a page of its own.
+        pages = self.plan.pages(vllm_config.model_config.max_model_len) + 1
         return int(pages * self.page_size_bytes)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        return self.plan.pages(max_len)
+        # Pages given back keep their place in the row; what was kept follows them.
+        return self.plan.pages(max_len) + self.plan.store_pages(max_len) + 1
 
 
 @lru_cache

@@ -98,7 +98,7 @@ static void write_store(Call& c, int seq, int head, int first, int count, float*
   const int d = l.head_size;
   for (int t = 0; t < count; t++) {
     const int position = first + t, slot = position % l.page_tokens;
-    uint8_t* run = c.run(seq, l.ring_pages + position / l.page_tokens, head);
+    uint8_t* run = c.run(seq, c.batch.store_row[seq] + position / l.page_tokens, head);
     float *k = key + int64_t(t) * d, *v = value + int64_t(t) * d;
     if (l.kind == Kind::affine) {
       if (!l.keys_per_channel)
@@ -145,8 +145,7 @@ static void load_pending(const Call& c, int seq, int head, int first, int count,
 static void append_head(Call& c, int seq, int head) {
   enum { STEP = 128 };  // every group divides it
   const Batch& b = c.batch;
-  const int fresh = b.query_start[seq + 1] - b.query_start[seq];
-  const int in_ring = b.ring[seq], absorbed = b.stored_after[seq] - b.stored[seq];
+  const int fresh = b.appended[seq], in_ring = b.ring[seq], absorbed = b.stored_after[seq] - b.stored[seq];
   float key[STEP * 256], value[STEP * 256];
   for (int i = 0; i < absorbed; i += STEP) {
     const int count = min_int(STEP, absorbed - i);

@@ -4,7 +4,7 @@
 struct Task {
   int seq, head;            // KV head
   int query_from, queries;  // fresh query tokens, counted from the sequence's first
-  int page_from, page_to;   // store pages
+  int page_from, page_to;   // among the store pages that are read
   bool last;                // reads ring and fresh tokens too
   int64_t partial;          // first row in the partial buffer, or -1: writes the output itself
 };
@@ -41,7 +41,8 @@ static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int ca
   if (t.queries == 1) {
     decode_rows(rows, Query{x->query, group}, d, s, fetch);
   } else {
-    tile_from_rows(rows, d, &x->tile);
+    tile_keys_from_rows(rows, d, &x->tile);
+    tile_values_from_rows(rows, d, &x->tile);
     attend_tile(x->tile, rows.key.count, x->query, t.queries * group, d, s, x->score, causal_from, group);
   }
 }
@@ -58,7 +59,8 @@ static void attend_page(const Call& c, const Task& t, const uint8_t* run, int co
   for (int first = 0; first < count; first += TILE) {
     const int n = min_int(TILE, count - first);
     if (l.kind == Kind::affine) {
-      tile_from_codes(l, run, first, n, &x->tile);
+      tile_keys_from_codes(l, run, first, n, &x->tile);
+      tile_values_from_codes(l, run, first, n, &x->tile);
       attend_tile(x->tile, n, x->query, t.queries * group, d, s, x->score, SEES_ALL, group);
     } else {
       KvRows rows;
@@ -82,8 +84,19 @@ static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) 
   }
 }
 
-static void write_output(const Call& c, const Task& t, Softmax* s) {
+// log2 of the softmax denominators of the queries whose mass is asked for
+struct Denominators {
+  float* log2;             // [queries of all sequences, num_heads]
+  const int64_t* offset;   // [num_seqs] first query of a sequence
+};
+
+static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; z.log2 && r < t.queries * group; r++) {
+    const int query = t.query_from + r / group - c.mass.first_query[t.seq];
+    if (query < 0 || !c.mass.out[t.seq]) continue;
+    z.log2[(z.offset[t.seq] + query) * c.num_heads + t.head * group + r % group] = s->top[r] + log2f(s->sum[r]);
+  }
   for (int r = 0; r < t.queries * group; r++) {
     float* row = s->out + int64_t(r) * d;
     for (int j = 0; j < d; j++) row[j] /= s->sum[r];
@@ -92,22 +105,22 @@ static void write_output(const Call& c, const Task& t, Softmax* s) {
   }
 }
 
-static void run_task(const Call& c, const Task& t, Scratch* x, float* partial) {
+static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, const Denominators& z) {
   const Layout& l = c.layout;
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
   Softmax s = {x->top, x->sum, x->out};
   load_queries(c, t, x->query);
   softmax_begin(&s, rows, d);
-  for (int page = t.page_from; page < t.page_to; page++) {
-    const int count = min_int(l.page_tokens, stored - page * l.page_tokens);
-    const uint8_t* run = c.run(t.seq, l.ring_pages + page, t.head);
-    const uint8_t* next = page + 1 < t.page_to ? c.run(t.seq, l.ring_pages + page + 1, t.head) : run;
+  for (int i = t.page_from; i < t.page_to; i++) {
+    const int page = c.store_page(t.seq, t.head, i), count = min_int(l.page_tokens, stored - page * l.page_tokens);
+    const uint8_t* run = c.store_run(t.seq, page, t.head);
+    const uint8_t* next = i + 1 < t.page_to ? c.store_run(t.seq, c.store_page(t.seq, t.head, i + 1), t.head) : run;
     Fetch fetch = {next, next == run ? next : next + l.run_bytes, 0};
     attend_page(c, t, run, count, x, &s, &fetch);
   }
   if (t.last) attend_recent(c, t, x, &s);
   if (t.partial < 0) {
-    write_output(c, t, &s);
+    write_output(c, t, &s, z);
     return;
   }
   float* out = partial + t.partial * (d + 2);
@@ -118,7 +131,8 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial) {
 }
 
 // joins the partial results of `splits` consecutive tasks, the first being t
-static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial) {
+static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial,
+                      const Denominators& z) {
   const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
   Softmax s = {x->top, x->sum, x->out};
   softmax_begin(&s, rows, d);
@@ -131,8 +145,10 @@ static void join_task(const Call& c, const Task* t, int splits, Scratch* x, cons
       for (int j = 0; j < d; j++) s.out[int64_t(r) * d + j] += weight * p[2 + j];
     }
   }
-  write_output(c, *t, &s);
+  write_output(c, *t, &s, z);
 }
+
+#include "mass.h"
 
 static Task* grow(Task* tasks, int count, int* capacity) {
   if (count < *capacity) return tasks;
@@ -142,7 +158,8 @@ static Task* grow(Task* tasks, int count, int* capacity) {
 
 // work of a task, in query rows x tokens
 static double work(const Call& c, int seq, int queries) {
-  const double tokens = c.batch.stored[seq] + c.batch.ring[seq] + 0.5 * queries + 64;
+  const double pages = c.store_pages(seq, 0);
+  const double tokens = pages * c.layout.page_tokens + c.batch.ring[seq] + 0.5 * queries + 64;
   return tokens * queries * heads_per_query(c);
 }
 
@@ -160,7 +177,7 @@ static void attend(const Call& c) {
   int64_t partial_rows = 0;
   for (int s = 0; s < b.num_seqs; s++) {
     const int fresh = b.query_start[s + 1] - b.query_start[s];
-    const int pages = (b.stored[s] + l.page_tokens - 1) / l.page_tokens;
+    const int pages = c.store_pages(s, 0);  // every head reads as many
     for (int q = 0; q < fresh; q += block) {
       const int queries = min_int(block, fresh - q);
       const int wanted = c.num_threads > 1 ? int(work(c, s, queries) / target) : 1;
@@ -176,19 +193,23 @@ static void attend(const Call& c) {
     }
   }
   float* partial = (float*)malloc(sizeof(float) * size_t(partial_rows) * (l.head_size + 2) + 64);
+  const Denominators z = make_denominators(c);
 #pragma omp parallel num_threads(c.num_threads)
   {
     Scratch* x = thread_scratch();
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < count; i++) run_task(c, tasks[i], x, partial);
+    for (int i = 0; i < count; i++) run_task(c, tasks[i], x, partial, z);
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < count; i++)
       if (tasks[i].partial >= 0 && tasks[i].page_from == 0) {
         int splits = 1;
         while (!tasks[i + splits - 1].last) splits++;
-        join_task(c, tasks + i, splits, x, partial);
+        join_task(c, tasks + i, splits, x, partial, z);
       }
   }
+  if (z.log2) count_mass(c, z);
+  free(z.log2);
+  free(const_cast<int64_t*>(z.offset));
   free(partial);
   free(tasks);
 }

@@ -68,12 +68,15 @@ class Layer {
   }
 
   void set_batch(int num_seqs, intptr_t query_start, intptr_t stored, intptr_t ring,
-                 intptr_t stored_after, intptr_t block_table, int64_t row_stride) {
+                 intptr_t stored_after, intptr_t appended, intptr_t store_row, intptr_t block_table,
+                 int64_t row_stride) {
     call_.batch = Batch{num_seqs,
                         address<const int32_t>(query_start),
                         address<const int32_t>(stored),
                         address<const int32_t>(ring),
                         address<const int32_t>(stored_after),
+                        address<const int32_t>(appended),
+                        address<const int32_t>(store_row),
                         address<const int32_t>(block_table),
                         row_stride};
   }
@@ -82,6 +85,14 @@ class Layer {
     call_.pages = address<uint8_t>(pages);
     call_.page_stride = page_stride;
     call_.head_stride = head_stride;
+  }
+
+  // addresses of 0: no mass is counted, all pages are read
+  void set_options(intptr_t first_query, intptr_t first_token, intptr_t out, intptr_t stride,
+                   intptr_t reads, intptr_t read_count, int64_t read_width) {
+    call_.mass = {address<const int32_t>(first_query), address<const int32_t>(first_token),
+                  address<const int64_t>(out), address<const int64_t>(stride)};
+    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count), read_width};
   }
 
   void attend(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t value,
@@ -95,6 +106,19 @@ class Layer {
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
     set_tensors(key, key_stride, value, value_stride, num_threads);
     kernels_.append(call_);
+  }
+
+  void read(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, intptr_t index,
+            int count, intptr_t key_out, intptr_t value_out, int num_threads) {
+    set_tensors(key, key_stride, value, value_stride, num_threads);
+    kernels_.read(call_, address<const int32_t>(index), count, address<float>(key_out),
+                  address<float>(value_out));
+  }
+
+  void write(intptr_t index, int count, intptr_t key, intptr_t value, int num_threads) {
+    set_tensors(0, 0, 0, 0, num_threads);
+    kernels_.write(call_, address<const int32_t>(index), count, address<float>(key),
+                   address<float>(value));
   }
 
  private:
@@ -136,6 +160,9 @@ NB_MODULE(_cpu, m) {
            "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "integer_dot"_a)
       .def("set_batch", &Layer::set_batch)
       .def("set_pages", &Layer::set_pages)
+      .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
-      .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>());
+      .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
+      .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
+      .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());
 }

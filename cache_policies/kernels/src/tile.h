@@ -56,7 +56,7 @@ struct Tile {
   alignas(64) float value[TILE * 256];  // [token][channel]
 };
 
-static void tile_from_rows(const KvRows& rows, int d, Tile* tile) {
+static void tile_keys_from_rows(const KvRows& rows, int d, Tile* tile) {
   const int count = rows.key.count;
   if (rows.octets) {
     const int64_t bytes = 8 * item_bytes(rows.key.dtype);
@@ -72,20 +72,26 @@ static void tile_from_rows(const KvRows& rows, int d, Tile* tile) {
       f8_transpose(block);
       for (int i = 0; i < 8; i++) f8_store(tile->key + (c + i) * TILE + t, block[i]);
     }
-  for (int t = 0; t < count; t++) load_row(rows.value.row[t], rows.value.dtype, d, tile->value + t * d);
-  if (!rows.key.scale) return;
-  for (int t = 0; t < count; t++) {
-    const float ks = f16_to_float(rows.key.scale[t]), vs = f16_to_float(rows.value.scale[t]);
-    for (int c = 0; c < d; c++) tile->key[c * TILE + t] *= ks;
-    for (int c = 0; c < d; c++) tile->value[t * d + c] *= vs;
+  for (int t = 0; t < count && rows.key.scale; t++) {
+    const float scale = f16_to_float(rows.key.scale[t]);
+    for (int c = 0; c < d; c++) tile->key[c * TILE + t] *= scale;
+  }
+}
+
+static void tile_values_from_rows(const KvRows& rows, int d, Tile* tile) {
+  for (int t = 0; t < rows.value.count; t++) {
+    float* out = tile->value + t * d;
+    load_row(rows.value.row[t], rows.value.dtype, d, out);
+    if (!rows.value.scale) continue;
+    const float scale = f16_to_float(rows.value.scale[t]);
+    for (int c = 0; c < d; c++) out[c] *= scale;
   }
 }
 
 // tokens [first, first + count) of an affine page, first a multiple of 32
-static void tile_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
-  const int d = l.head_size, kf = 8 / l.k_bits, vf = 8 / l.v_bits, n = l.page_tokens;
+static void tile_keys_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
+  const int d = l.head_size, n = l.page_tokens;
   const uint16_t *ks = (const uint16_t*)(run + l.key_scale), *km = (const uint16_t*)(run + l.key_min);
-  const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
   for (int t = 0; t < count; t += 8) {
     const int token = first + t;
     for (int c = 0; c < d; c++) {
@@ -102,6 +108,11 @@ static void tile_from_codes(const Layout& l, const uint8_t* run, int first, int 
       f8_store(tile->key + c * TILE + t, f8_fma(code, scale, low));
     }
   }
+}
+
+static void tile_values_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
+  const int d = l.head_size, vf = 8 / l.v_bits, n = l.page_tokens;
+  const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
   for (int t = 0; t < count; t++) {
     const int token = first + t;
     const CodeSlot slot = value_slot(token & ~3, 0, l.v_bits, n);
@@ -114,7 +125,6 @@ static void tile_from_codes(const Layout& l, const uint8_t* run, int first, int 
                f8_fma(code, f8_set(f16_to_float(vs[g])), f8_set(f16_to_float(vm[g]))));
     }
   }
-  (void)kf;
 }
 
 // Running softmax of a set of query rows; out is the unnormalized sum. Scores are in units of

@@ -1,0 +1,162 @@
+"""What a worker remembers of a request that drops tokens or reads only a part of them.
+
+Everything here is private to one request and one worker. It is rebuilt when the request starts
+over, so nothing of it can reach another request.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from cache_policies.plan import Plan, Span
+
+if TYPE_CHECKING:
+    from cache_policies.policy import Method
+    from cache_policies.retention.base import QueryStatistics
+
+MASS_STEP = 256  # places by which the buffer of a layer's mass grows
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What scheduler and workers of an engine know alike.
+
+    Attributes:
+        plan: the codec's arithmetic.
+        layers: attention layers of the model.
+        longest: most tokens of a request, prompt and answer.
+        room: pages of the pool; None where no page is published to a prefix cache.
+
+    """
+
+    plan: Plan
+    layers: int
+    longest: int
+    room: int | None
+
+
+def span_of(method: Method, engine: Engine, prompt: int) -> Span:
+    """The token arithmetic of a request; scheduler and workers call this alike."""
+    plan, layers = engine.plan, engine.layers
+    retention = method.retention
+    if retention is None:
+        return Span(plan, prompt)
+    keeps = [retention.kept(prompt, layer, layers) for layer in range(layers)]
+    interval = retention.interval if retention.DECODE_CUTS else 0
+
+    def span(private: bool) -> Span:
+        return Span(plan, prompt, max(keeps), min(keeps), retention.bounded, interval, private)
+
+    public = span(private=False)
+    fits = engine.room is not None and public.pages(engine.longest) <= engine.room
+    return public if fits else span(private=True)
+
+
+def published_tokens(method: Method, span: Span) -> int | None:
+    """Tokens whose full pages may be published to the prefix cache; None: all.
+
+    A page may be published if its tokens were computed under full attention.
+    """
+    if method.is_plain:
+        return None
+    bounded = (method.retention or method.retrieval).bounded  # type: ignore[union-attr]
+    if bounded or (span.private and span.first_cut is not None):
+        return 0
+    return span.prompt
+
+
+def readable_tokens(method: Method, span: Span) -> int | None:
+    """Tokens of the prompt that may come from the prefix cache; None: as many as vLLM finds.
+
+    The queries that a method looks at must be computed, so the prompt's last ones are not taken.
+    """
+    if method.is_plain:
+        return None
+    chosen = method.retention or method.retrieval
+    assert chosen is not None
+    if chosen.NEEDS_EVERY_QUERY or published_tokens(method, span) == 0:
+        return 0
+    observed = getattr(chosen, "window", 1) if method.retention else 1
+    return max(0, span.prompt - max(1, observed))
+
+
+@dataclass
+class LayerState:
+    """One request in one layer.
+
+    Attributes:
+        position: ``[num_kv_heads, held]`` int32, positions in the text of the tokens held after
+            the last cut; None before the first one, when they are 0, 1, 2, ...
+        end: tokens computed at the last cut.
+        mass: ``[num_kv_heads, capacity]`` float32, attention counted per held token.
+        queries: statistics of the prompt's queries.
+        summary: of the pages between sinks and local window, for retrieval.
+        sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
+
+    """
+
+    position: torch.Tensor | None = None
+    end: int = 0
+    mass: torch.Tensor | None = None
+    queries: QueryStatistics | None = None
+    summary: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+    def positions(self, heads: int, after: int) -> torch.Tensor:
+        """Positions of everything held or fresh once ``after`` tokens are computed."""
+        new = torch.arange(self.end, after, dtype=torch.int32).expand(heads, -1)
+        return new if self.position is None else torch.cat([self.position, new], 1)
+
+    def mass_for(self, heads: int, tokens: int) -> torch.Tensor:
+        """The mass buffer with at least ``tokens`` places, new ones zero."""
+        have = 0 if self.mass is None else self.mass.shape[1]
+        if tokens > have:
+            grown = torch.zeros(heads, -(-tokens // MASS_STEP) * MASS_STEP)
+            if self.mass is not None:
+                grown[:, :have] = self.mass
+            self.mass = grown
+        assert self.mass is not None
+        return self.mass
+
+
+@dataclass
+class RequestState:
+    """A request whose method is not plain.
+
+    Attributes:
+        method: retention or retrieval.
+        span: its token arithmetic.
+        computed: tokens computed so far.
+        layers: per layer index.
+
+    """
+
+    method: Method
+    span: Span
+    computed: int = 0
+    layers: defaultdict[int, LayerState] = field(default_factory=lambda: defaultdict(LayerState))
+
+    def advance(self, before: int, after: int) -> None:
+        """Note a step; a request that starts over forgets what it knew.
+
+        Raises:
+            RuntimeError: the step does not follow from what this worker has seen. That would
+                mean that scheduler and worker disagree.
+
+        """
+        if before != self.computed or before == 0:
+            self.layers.clear()
+            if before and not self._may_begin_at(before):
+                raise RuntimeError(
+                    f"a request under {self.method} continues at token {before}, but this worker "
+                    f"has seen {self.computed} tokens of it"
+                )
+        self.computed = after
+
+    def _may_begin_at(self, before: int) -> bool:
+        readable = readable_tokens(self.method, self.span)
+        return readable is None or before <= readable

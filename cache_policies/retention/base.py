@@ -1,0 +1,279 @@
+"""The contract of a retention method: which tokens of a request stay in its store.
+
+A method says how important every token is (``score``) and how many are kept; this module
+protects sinks and the recent window by a mask and takes the best of the others, per KV head.
+What it costs and when it runs is decided by the plan (``cache_policies.plan.Span``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+
+from cache_policies.errors import PolicyError
+from cache_policies.parameters import Value, parameters, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cache_policies.rope import Rope
+
+FULL, BOUNDED = "full", "bounded"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a method may look at when tokens must go: one request in one layer.
+
+    Attributes:
+        position: ``[num_kv_heads, n]`` int64, position in the text of every candidate.
+        mass: ``[num_kv_heads, n]`` float32, probability mass that each candidate got from the
+            queries the method asked for, summed over them and over the query heads of the KV
+            head; zeros for a method that asked for none.
+        end: tokens computed so far; candidates lie before it.
+        prompt: tokens of the prompt.
+        layer: index of the layer.
+        layers: number of layers.
+        load: returns the candidates' keys and values, each ``[num_kv_heads, n, head_size]``
+            float32. It reads the pages: call it only if they are needed.
+        queries: statistics of the prompt's queries, for methods that set ``USES_QUERIES``.
+
+    """
+
+    position: torch.Tensor
+    mass: torch.Tensor
+    end: int
+    prompt: int
+    layer: int
+    layers: int
+    load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    queries: QueryStatistics | None = None
+
+    @cached_property
+    def _loaded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.load()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """``[num_kv_heads, n, head_size]`` float32, after rotary embedding."""
+        return self._loaded[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """``[num_kv_heads, n, head_size]`` float32."""
+        return self._loaded[1]
+
+
+@dataclass
+class QueryStatistics:
+    """Running mean and covariance of a prompt's queries before rotary embedding.
+
+    Attributes:
+        rope: the model's rotary embedding.
+        scale: factor of the attention scores.
+        count: queries seen.
+        total: ``[num_heads, head_size]``, their sum.
+        square: ``[num_heads, head_size, head_size]``, sum of their outer products.
+
+    """
+
+    rope: Rope
+    scale: float
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    square: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, query: torch.Tensor, first: int) -> None:
+        """Count ``query`` ``[n, num_heads, head_size]``, rotated, at positions ``first ..``."""
+        position = torch.arange(first, first + query.shape[0])
+        plain = self.rope.rotate(query.float().transpose(0, 1), -position)
+        self.count += query.shape[0]
+        self.total = self.total + plain.sum(1)
+        self.square = self.square + plain.transpose(1, 2) @ plain
+
+
+@dataclass(frozen=True)
+class Retention(ABC):
+    """Which tokens stay. Subclasses are frozen data classes of parameters.
+
+    Class attributes:
+        PREFILL: forms of prefill the method supports, the default first: ``full`` attends to
+            the whole prompt and cuts when it is complete, ``bounded`` cuts after every chunk.
+        DECODE_CUTS: decode tokens are cut too, every ``interval`` tokens; otherwise they stay.
+        NEEDS_EVERY_QUERY: the method looks at all queries of the prompt, so the prompt cannot
+            begin with pages from the prefix cache, whose queries nobody computes.
+        USES_QUERIES: ``Seen.queries`` is filled.
+        ACCUMULATES: mass is summed over steps; False: over the asking step alone.
+    """
+
+    name: ClassVar[str]
+    keeps: ClassVar[str]
+    loses: ClassVar[str]
+    PREFILL: ClassVar[tuple[str, ...]] = (FULL,)
+    DECODE_CUTS: ClassVar[bool] = False
+    NEEDS_EVERY_QUERY: ClassVar[bool] = False
+    USES_QUERIES: ClassVar[bool] = False
+    ACCUMULATES: ClassVar[bool] = True
+
+    ratio: float = 0.0
+    prefill: str = ""
+    interval: int = 128
+
+    @classmethod
+    def build(cls, given: dict[str, Any]) -> Self:
+        """Make the method from what a user gave; refuse what contradicts itself.
+
+        Raises:
+            PolicyError: naming what is allowed.
+
+        """
+        sizes = [name for name in given if name in cls.size_names()]
+        if "ratio" in given and sizes:
+            raise PolicyError(f"give either ratio or {', '.join(sizes)}")
+        if "ratio" in given and not 0 < given["ratio"] <= 1:
+            raise PolicyError(f"ratio={given['ratio']} is not above 0 and at most 1")
+        return cls(**given)
+
+    @classmethod
+    def settable(cls) -> dict[str, Value]:
+        """Parameters a user may set, with their defaults."""
+        hidden = set() if cls.DECODE_CUTS else {"interval"}
+        return {
+            key: cls.PREFILL[0] if key == "prefill" else value
+            for key, value in parameters(cls).items()
+            if key not in hidden
+        }
+
+    @classmethod
+    def size_names(cls) -> tuple[str, ...]:
+        """Parameters that fix the budget in tokens, instead of ``ratio``."""
+        return ("budget",)
+
+    def __post_init__(self) -> None:
+        if not self.prefill:
+            object.__setattr__(self, "prefill", self.PREFILL[0])
+        if self.prefill not in self.PREFILL:
+            raise PolicyError(f"prefill={self.prefill} is not one of {', '.join(self.PREFILL)}")
+        if not 1 <= self.interval <= 4096:
+            raise PolicyError(f"interval={self.interval} is not between 1 and 4096")
+        self.check()
+
+    def check(self) -> None:  # noqa: B027  # not every method has a range
+        """Refuse parameters out of range.
+
+        Raises:
+            PolicyError: naming the range.
+
+        """
+
+    def __str__(self) -> str:
+        return shown(self.name, self, self.settable())
+
+    # ---- how many
+
+    @property
+    @abstractmethod
+    def protected_tokens(self) -> int:
+        """Tokens that are never dropped: sinks and window."""
+
+    @property
+    @abstractmethod
+    def budget_tokens(self) -> int:
+        """Tokens kept where no ratio is given."""
+
+    def kept(self, prompt: int, layer: int = 0, layers: int = 1) -> int:
+        """Tokens a cut leaves in a layer.
+
+        A ratio counts from the prompt; a short prompt still keeps its protected tokens and one.
+        """
+        if not self.ratio:
+            return self.budget_tokens
+        return max(ceil(self.ratio * prompt), self.protected_tokens + 1)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the budget holds during prefill too."""
+        return self.prefill == BOUNDED
+
+    # ---- which
+
+    def first_query(self, before: int, after: int, prompt: int, cuts: bool) -> int | None:
+        """First position whose query's attention is to be counted into ``Seen.mass``.
+
+        Args:
+            before: tokens computed before this step.
+            after: tokens computed after it.
+            prompt: tokens of the prompt.
+            cuts: whether tokens are dropped at the end of this step.
+
+        Returns:
+            A position in ``[before, after)``, or None to count nothing.
+
+        """
+        return None
+
+    @abstractmethod
+    def score(self, seen: Seen) -> torch.Tensor:
+        """Importance ``[num_kv_heads, n]`` of every candidate; higher stays."""
+
+    def protected(self, seen: Seen) -> torch.Tensor:
+        """Mask ``[num_kv_heads, n]`` of the tokens that stay whatever their score."""
+        return torch.zeros_like(seen.position, dtype=torch.bool)
+
+    def select(self, seen: Seen, keep: int) -> torch.Tensor:
+        """Mask ``[num_kv_heads, n]`` with exactly ``keep`` tokens of every head."""
+        stays = self.protected(seen)
+        left = keep - int(stays[0].sum())
+        if left > 0:
+            score = self.score(seen).masked_fill(stays, -torch.inf)
+            stays = stays.scatter(1, score.topk(left, dim=1).indices, True)
+        return stays
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the sinks are rotated on as tokens between them and the window are dropped."""
+        return False
+
+
+@dataclass(frozen=True)
+class Budgeted(Retention):
+    """A method with one budget, sinks and a recent window.
+
+    Attributes:
+        budget: tokens kept per KV head and layer.
+        ratio: or their share of the prompt.
+        sinks: first tokens of the text, always kept.
+        window: last tokens, always kept.
+        prefill: ``full`` or ``bounded``.
+        interval: decode tokens between two cuts, for methods that cut them.
+
+    """
+
+    budget: int = 1024
+    sinks: int = 4
+    window: int = 32
+
+    def check(self) -> None:
+        if self.sinks < 0 or self.window < 1:
+            raise PolicyError(f"sinks={self.sinks} is below 0 or window={self.window} below 1")
+        if not self.ratio and self.budget <= self.protected_tokens:
+            raise PolicyError(
+                f"budget={self.budget} is not above sinks + window = {self.protected_tokens}"
+            )
+
+    @property
+    def protected_tokens(self) -> int:
+        return self.sinks + self.window
+
+    @property
+    def budget_tokens(self) -> int:
+        return self.budget
+
+    def protected(self, seen: Seen) -> torch.Tensor:
+        recent = seen.position >= seen.end - self.window
+        return (seen.position < self.sinks) | recent

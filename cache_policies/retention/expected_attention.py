@@ -1,0 +1,66 @@
+"""Expected attention: what future queries, distributed like the prompt's, would look at.
+
+Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from
+Future Queries Distribution", arXiv 2510.00636. The mean and covariance of the prompt's queries
+before rotary embedding are rotated to the average of the next ``future`` positions; a key's
+score is the expected exponential of its product with such a query, times the norm of its value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cache_policies.errors import PolicyError
+from cache_policies.retention.base import Budgeted
+
+if TYPE_CHECKING:
+    import torch
+
+    from cache_policies.retention.base import Seen
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Budgeted):
+    """Tokens that queries like those of the prompt are expected to attend to.
+
+    Attributes:
+        future: positions over which the rotation is averaged.
+        epsilon: added to the expected attention before it is weighted by the value.
+
+    """
+
+    name: ClassVar[str] = "expected-attention"
+    keeps: ClassVar[str] = "what queries like the prompt's are expected to attend to"
+    loses: ClassVar[str] = "what only an unusual query would need"
+    NEEDS_EVERY_QUERY: ClassVar[bool] = True
+    USES_QUERIES: ClassVar[bool] = True
+
+    window: int = 1
+    future: int = 512
+    epsilon: float = 0.0
+
+    def check(self) -> None:
+        super().check()
+        if self.future < 1 or self.epsilon < 0:
+            raise PolicyError(f"future={self.future} is below 1 or epsilon={self.epsilon} below 0")
+
+    def score(self, seen: Seen) -> torch.Tensor:
+        assert seen.queries is not None
+        mean, covariance = self._future_queries(seen)
+        groups = mean.shape[0] // seen.keys.shape[0]
+        keys = seen.keys.repeat_interleave(groups, 0)
+        scale = seen.queries.scale
+        linear = (keys @ mean[..., None]).squeeze(-1) * scale
+        square = ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
+        expected = (linear + square).softmax(-1).unflatten(0, (-1, groups)).mean(1)
+        return (expected + self.epsilon) * seen.values.norm(dim=-1)
+
+    def _future_queries(self, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean ``[heads, d]`` and covariance ``[heads, d, d]`` at the next positions."""
+        queries = seen.queries
+        assert queries is not None
+        mean = queries.total / queries.count
+        covariance = queries.square / queries.count - mean[:, :, None] * mean[:, None, :]
+        rotation = queries.rope.mean_rotation(seen.end, seen.end + self.future)
+        return mean @ rotation.T, rotation @ covariance @ rotation.T

@@ -1,0 +1,195 @@
+"""One step of a batch in which requests drop tokens or read a part of them.
+
+``Step.run`` does for one layer what ``attend`` and ``append`` do for plain requests: attend,
+count attention where a method asks for it, write the fresh tokens, and cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cache_policies.cut import Cut
+from cache_policies.kernels.contract import Batch, Mass, Reads
+from cache_policies.retention.base import QueryStatistics
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from cache_policies.cut import Layer, Tokens
+    from cache_policies.plan import Plan
+    from cache_policies.request import RequestState
+
+
+@dataclass
+class Step:
+    """A batch with at least one request that is not plain.
+
+    Attributes:
+        plan: the codec's arithmetic.
+        query_start: ``[num_seqs + 1]`` int32.
+        computed: ``[num_seqs]`` int32, tokens computed before the step.
+        states: per request, None for plain ones.
+        block_table: ``[num_seqs, row]`` int32.
+
+    """
+
+    plan: Plan
+    query_start: npt.NDArray[np.int32]
+    computed: npt.NDArray[np.int32]
+    states: list[RequestState | None]
+    block_table: torch.Tensor
+    _batches: dict[tuple[int | None, ...], tuple[Batch, list[Cut]]] = field(default_factory=dict)
+
+    def run(self, layer: Layer, tokens: Tokens, output: torch.Tensor) -> None:
+        """Attend, append and cut in one layer."""
+        batch, cuts = self._batch(layer)
+        kernel, pages = layer.kernel, layer.pages
+        mass, reads = self._mass(layer, batch, cuts), self._reads(layer, batch, tokens)
+        kernel.attend(pages, batch, *tokens, output, mass, reads)
+        self._note_queries(layer, tokens.query)
+        kernel.append(pages, batch, tokens.key, tokens.value)
+        for cut in cuts:
+            cut.run(layer, batch, tokens)
+
+    # ---- the batch of a layer
+
+    def _batch(self, layer: Layer) -> tuple[Batch, list[Cut]]:
+        """Counts and cuts; layers in which every request keeps as much share them."""
+        keeps = tuple(
+            state.method.retention.kept(state.span.prompt, layer.index, layer.layers)
+            if state is not None and state.method.retention
+            else None
+            for state in self.states
+        )
+        if keeps not in self._batches:
+            self._batches[keeps] = self._make_batch(keeps)
+        return self._batches[keeps]
+
+    def _make_batch(self, keeps: tuple[int | None, ...]) -> tuple[Batch, list[Cut]]:
+        batch = Batch.of(self.plan, self.query_start, self.computed, self.block_table)
+        cuts: list[Cut] = []
+        for seq, (state, keep) in enumerate(zip(self.states, keeps, strict=True)):
+            if state is None or keep is None:
+                continue
+            before, fresh = int(self.computed[seq]), self._fresh(seq)
+            span, after = state.span, before + fresh
+            held, appended = span.held(before, keep), fresh
+            if span.is_cut(before, after, keep):
+                moves = span.moved(after) and not span.moved(before)
+                appended = span.first_cut - before if moves and not span.private else 0  # type: ignore[operator]
+                target = span.held(after, keep)
+                cuts.append(Cut(seq, state, before, fresh, held, appended, target, moves))
+            stored = self.plan.stored(held)
+            batch.stored[seq], batch.ring[seq] = stored, held - stored
+            batch.appended[seq] = appended
+            batch.stored_after[seq] = self.plan.stored(held + appended) if appended else stored
+            batch.store_row[seq] = span.store_row(before)
+        return batch, cuts
+
+    def _fresh(self, seq: int) -> int:
+        return int(self.query_start[seq + 1] - self.query_start[seq])
+
+    # ---- attention to be counted
+
+    def _mass(self, layer: Layer, batch: Batch, cuts: list[Cut]) -> Mass | None:
+        cutting = {cut.seq for cut in cuts}
+        out: list[torch.Tensor | None] = [None] * len(self.states)
+        first_query = np.zeros(len(self.states), dtype=np.int32)
+        first_token = np.zeros(len(self.states), dtype=np.int32)
+        for seq, state in enumerate(self.states):
+            if state is None:
+                continue
+            before, fresh = int(self.computed[seq]), self._fresh(seq)
+            retention, retrieval = state.method.retention, state.method.retrieval
+            first: int | None = None
+            if retention is not None:
+                prompt = state.span.prompt
+                first = retention.first_query(before, before + fresh, prompt, seq in cutting)
+            elif retrieval is not None and retrieval.OBSERVES:
+                first, first_token[seq] = before, max(0, before - retrieval.OBSERVES)
+            if first is None:
+                continue
+            first_query[seq] = first - before
+            needed = int(batch.stored[seq] + batch.ring[seq]) + fresh
+            buffer = state.layers[layer.index].mass_for(layer.heads, needed)
+            if retention is not None and not retention.ACCUMULATES:
+                buffer.zero_()
+            out[seq] = buffer
+        if all(o is None for o in out):
+            return None
+        return Mass(torch.from_numpy(first_query), torch.from_numpy(first_token), out)
+
+    def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
+        for seq, state in enumerate(self.states):
+            retention = state.method.retention if state is not None else None
+            if state is None or retention is None or not retention.USES_QUERIES:
+                continue
+            before = int(self.computed[seq])
+            skip = max(0, getattr(retention, "sinks", 0) - before)
+            count = min(self._fresh(seq), state.span.prompt - before)
+            if count <= skip:
+                continue
+            known = state.layers[layer.index]
+            if known.queries is None:
+                known.queries = QueryStatistics(layer.rope, layer.scale)
+            start = int(self.query_start[seq])
+            known.queries.add(query[start + skip : start + count], before + skip)
+
+    # ---- pages to be read
+
+    def _reads(self, layer: Layer, batch: Batch, tokens: Tokens) -> Reads | None:
+        chosen: dict[int, torch.Tensor] = {}
+        for seq, state in enumerate(self.states):
+            retrieval = state.method.retrieval if state is not None else None
+            if state is None or retrieval is None:
+                continue
+            before = int(self.computed[seq])
+            if before < state.span.prompt and not retrieval.bounded:
+                continue
+            total = -(-int(batch.stored[seq]) // self.plan.page_tokens)
+            middle = retrieval.middle(before, self.plan.page_tokens)
+            middle = range(middle.start, min(middle.stop, self.plan.full_pages(before)))
+            if len(middle) <= retrieval.topk:
+                continue
+            summary = self._summary(layer, batch, seq, middle, tokens)
+            start, end = int(self.query_start[seq]), int(self.query_start[seq + 1])
+            query = tokens.query[start:end].float().mean(0).unflatten(0, (layer.heads, -1))
+            chosen[seq] = retrieval.choose(query, summary, middle, total)
+        if not chosen:
+            return None
+        width = max(row.shape[1] for row in chosen.values())
+        pages = torch.zeros(len(self.states), layer.heads, width, dtype=torch.int32)
+        count = torch.full((len(self.states), layer.heads), -1, dtype=torch.int32)
+        for seq, row in chosen.items():
+            pages[seq, :, : row.shape[1]], count[seq] = row, row.shape[1]
+        return Reads(pages, count)
+
+    def _summary(
+        self, layer: Layer, batch: Batch, seq: int, middle: range, tokens: Tokens
+    ) -> torch.Tensor:
+        """Summaries of the pages in ``middle``; those of new ones are made from their keys."""
+        state = self.states[seq]
+        assert state is not None
+        assert state.method.retrieval is not None
+        known = state.layers[layer.index]
+        have = 0 if known.summary is None else known.summary.shape[1]
+        if have < len(middle):
+            size = self.plan.page_tokens
+            span = range((middle.start + have) * size, middle.stop * size)
+            index = torch.arange(span.start, span.stop, dtype=torch.int32)
+            index = index.expand(layer.heads, -1).contiguous()
+            row = int(batch.store_row[seq])
+            one = batch.one(seq, held=span.stop, stored=span.stop, store_row=row)
+            keys, _ = layer.kernel.read(layer.pages, one, tokens.key, tokens.value, index)
+            mass = known.mass_for(layer.heads, span.stop)[:, span.start : span.stop]
+            shape = (len(middle) - have, size)
+            new = state.method.retrieval.summarize(
+                keys.unflatten(1, shape), mass.unflatten(1, shape)
+            )
+            known.summary = new if known.summary is None else torch.cat([known.summary, new], 1)
+        assert known.summary is not None
+        return known.summary

@@ -1,0 +1,103 @@
+"""Which request is in which row of a worker's batch, and what is known of it.
+
+vLLM tells its logits processors which rows were added, moved and removed before every step,
+with each request's parameters and prompt. A request that is not scheduled in a step, or is
+preempted, leaves the batch and comes back later; it is recognized by its list of output
+tokens, which vLLM keeps for as long as the request lives.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cache_policies.request import Engine, RequestState, span_of
+from cache_policies.vllm_plugin.config import method_of, settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from cache_policies.plan import Plan
+
+# References to a list that only ``Rows.away`` holds: its tuple, the loop's variable and the
+# argument of getrefcount.
+_ONLY_OURS = 3
+
+
+class Rows:
+    """The rows of one worker.
+
+    Args:
+        vllm_config: of the engine.
+
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        asked = settings(vllm_config)
+        assert asked is not None
+        self.default = asked.policy.method
+        self.cache, self.model = vllm_config.cache_config, vllm_config.model_config
+        self.row: dict[int, tuple[list[int], RequestState | None, Any]] = {}
+        self.away: dict[int, tuple[list[int], RequestState | None, Any]] = {}
+        self.plan: Plan | None = None  # set by the metadata builder, which knows the page size
+
+    def update(self, update: BatchUpdate | None) -> None:
+        """Follow the batch: removed, then added, then moved rows."""
+        if update is None:
+            return
+        for index in update.removed:
+            self._leave(index)
+        for index, params, prompt, output in update.added:
+            self._leave(index)
+            back = self.away.pop(id(output), None)
+            self.row[index] = back or (output, None, (params, len(prompt or ())))
+        for first, second, direction in update.moved:
+            one, other = self.row.pop(first, None), self.row.pop(second, None)
+            if one is not None:
+                self.row[second] = one
+            if other is not None and direction.name == "SWAP":
+                self.row[first] = other
+        for key in list(self.away):
+            output = self.away[key][0]
+            if sys.getrefcount(output) <= _ONLY_OURS:
+                del self.away[key]
+
+    def states(self, count: int) -> list[RequestState | None]:
+        """Per row of the batch the request's state; None for plain requests."""
+        return [self._state(index) for index in range(count)]
+
+    def _state(self, index: int) -> RequestState | None:
+        entry = self.row.get(index)
+        if entry is None:  # a dummy batch: nothing was added
+            return None
+        output, state, (params, prompt) = entry
+        if state is None:
+            method = method_of(params, self.default)
+            if method.is_plain:
+                return None
+            state = RequestState(method, span_of(method, self._engine(), prompt))
+            self.row[index] = output, state, (params, prompt)
+        return state
+
+    def _engine(self) -> Engine:
+        assert self.plan is not None
+        room = self.cache.num_gpu_blocks - 1 if self.cache.enable_prefix_caching else None
+        layers = self.model.get_total_num_hidden_layers()
+        return Engine(self.plan, layers, self.model.max_model_len, room)
+
+    def _leave(self, index: int) -> None:
+        entry = self.row.pop(index, None)
+        if entry is not None:
+            self.away[id(entry[0])] = entry
+
+
+_ROWS: dict[str, Rows] = {}
+
+
+def rows_of(vllm_config: VllmConfig) -> Rows:
+    """The rows of this worker's engine; the logits processor fills them."""
+    key = vllm_config.instance_id
+    if key not in _ROWS:
+        _ROWS[key] = Rows(vllm_config)
+    return _ROWS[key]

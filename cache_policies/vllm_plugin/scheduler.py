@@ -1,0 +1,58 @@
+"""vLLM's scheduler, telling the block manager which policy a request chose.
+
+A block manager is given request ids only. vLLM's option ``--scheduler-cls`` names another
+scheduler; ``RingStoreSpec`` sets it, so that a policy is all a user has to ask for. Can go when
+vLLM hands the request to its block managers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from cache_policies.errors import PolicyError
+from cache_policies.request import readable_tokens
+from cache_policies.vllm_plugin.config import refuse_method
+from cache_policies.vllm_plugin.manager import RingStoreManager
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvthrift.scheduler")
+
+
+class PolicyScheduler(Scheduler):  # type: ignore[misc]
+    """vLLM's synchronous scheduler, the only one its CPU platform uses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        coordinator = self.kv_cache_manager.coordinator
+        self.policy_managers = [
+            m for m in coordinator.single_type_managers if isinstance(m, RingStoreManager)
+        ]
+        for manager in self.policy_managers:
+            manager.attach(self.requests, self.max_model_len)
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        for manager in self.policy_managers:
+            try:
+                refuse_method(manager.method(request), self.vllm_config.model_config)
+            except PolicyError as error:
+                # Too late for an HTTP 400, which only a check without the model can give: the
+                # request ends with an error, by the way vLLM has for its own late refusals.
+                logger.error("request %s is refused: %s", request.request_id, error)
+                self.grammar_compile_error_reqs.add(request.request_id)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Take no more of the prefix cache than the request's method allows."""
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        for manager in self.policy_managers:
+            limit = readable_tokens(manager.method(request), manager.span(request))
+            if limit is not None and hit > limit:
+                hit = limit // self.block_size * self.block_size
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
+        return blocks, hit, boundary, diverged

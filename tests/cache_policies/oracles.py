@@ -1,0 +1,115 @@
+"""The methods once more, from their definitions, on whole tensors: what ``Step`` must keep.
+
+Every function takes a text (queries ``[n, heads, d]``, keys and values ``[n, kv heads, d]``)
+and returns a mask ``[kv heads, n]`` of the tokens kept after the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.cache_policies.worker import HEADS, KV_HEADS, ROPE, SCALE, SIZE, Text
+
+GROUP = HEADS // KV_HEADS
+
+
+def attention(text: Text, n: int) -> torch.Tensor:
+    """Causal probabilities ``[kv heads, group, n, n]``."""
+    query = text.query[:n].unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)
+    key = text.key[:n].permute(1, 2, 0)[:, None]
+    causal = torch.ones(n, n).tril().bool()
+    return (query @ key * SCALE).masked_fill(~causal, -torch.inf).softmax(-1)
+
+
+def _best(score: torch.Tensor, always: torch.Tensor, keep: int) -> torch.Tensor:
+    kept = torch.zeros(KV_HEADS, score.shape[-1], dtype=torch.bool)
+    for head in range(KV_HEADS):
+        order = sorted(
+            range(score.shape[-1]), key=lambda t: (bool(always[t]), float(score[head, t]))
+        )
+        kept[head, order[-keep:]] = True
+    return kept
+
+
+def _edges(n: int, sinks: int, window: int) -> torch.Tensor:
+    return torch.tensor([t < sinks or t >= n - window for t in range(n)])
+
+
+def snapkv(text: Text, n: int, keep: int, window: int = 32, kernel: int = 5) -> torch.Tensor:
+    mean = attention(text, n)[:, :, -window:].mean(2)[..., : n - window]
+    padded = torch.nn.functional.pad(mean, (kernel // 2, kernel // 2))
+    pooled = padded.unfold(-1, kernel, 1).mean(-1).mean(1)
+    score = torch.cat([pooled, torch.zeros(KV_HEADS, window)], 1)
+    return _best(score, _edges(n, 0, window), keep)
+
+
+def tova(text: Text, n: int, keep: int) -> torch.Tensor:
+    score = attention(text, n)[:, :, -1].mean((0, 1))
+    return _best(score.expand(KV_HEADS, -1), _edges(n, 0, 1), keep)
+
+
+def h2o(text: Text, n: int, heavy: int, recent: int) -> torch.Tensor:
+    return _best(attention(text, n).sum((1, 2)), _edges(n, 0, recent), heavy + recent)
+
+
+def keydiff(text: Text, n: int, keep: int) -> torch.Tensor:
+    key = text.key[:n].transpose(0, 1)
+    unit = key / key.norm(dim=-1, keepdim=True)
+    mean = unit.mean(1, keepdim=True)
+    score = -torch.nn.functional.cosine_similarity(key, mean, dim=-1)
+    return _best(score, _edges(n, 4, 32), keep)
+
+
+def knorm(text: Text, n: int, keep: int) -> torch.Tensor:
+    return _best(-text.key[:n].transpose(0, 1).norm(dim=-1), _edges(n, 4, 32), keep)
+
+
+def streaming(n: int, sinks: int, window: int) -> torch.Tensor:
+    return _edges(n, sinks, window).expand(KV_HEADS, -1)
+
+
+def _turn(position: float) -> torch.Tensor:
+    """Rotation matrix of one position."""
+    turn = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    for i in range(SIZE // 2):
+        angle = position * ROPE.theta ** (-2 * i / SIZE)
+        a, b = i, i + SIZE // 2
+        turn[a, a] = turn[b, b] = math.cos(angle)
+        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
+    return turn
+
+
+def expected_attention(text: Text, n: int, keep: int, future: int = 512) -> torch.Tensor:
+    plain = torch.stack([_turn(-t) @ text.query[t].double().T for t in range(4, n)])
+    mean = plain.mean(0).T  # [heads, d]
+    centred = plain.permute(2, 0, 1) - mean[:, None]
+    covariance = centred.transpose(1, 2) @ centred / plain.shape[0]
+    turn = sum(_turn(n + i) for i in range(future)) / future
+    mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
+    score = torch.zeros(KV_HEADS, n, dtype=torch.float64)
+    for head in range(HEADS):
+        key = text.key[:n, head // GROUP].double()
+        exponent = key @ mean[head] / math.sqrt(SIZE)
+        exponent += ((key @ covariance[head]) * key).sum(-1) / SIZE / 2
+        score[head // GROUP] += exponent.softmax(0) / GROUP
+    score *= text.value[:n].double().norm(dim=-1).T
+    return _best(score, _edges(n, 4, 1), keep)
+
+
+def lagkv(text: Text, n: int, keep: int, lag: int = 128, sinks: int = 4) -> torch.Tensor:
+    always = torch.ones(n, dtype=torch.bool)
+    score = torch.zeros(KV_HEADS, n)
+    chunks = (n - sinks) // lag
+    for chunk in range(chunks - 1):
+        span = slice(sinks + chunk * lag, sinks + (chunk + 1) * lag)
+        after = slice(span.stop, span.stop + lag)
+        always[span] = False
+        for head in range(KV_HEADS):
+            total = torch.zeros(lag)
+            for x in (text.key[:, head], text.value[:, head]):
+                low, high = x[after].min(0).values, x[after].max(0).values
+                total += ((x[span] - low) / (high - low)).std(1).softmax(0)
+            score[head, span] = total.argsort().argsort().float()
+    return _best(score, always, keep)

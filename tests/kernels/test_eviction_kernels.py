@@ -1,0 +1,159 @@
+"""What evicting and retrieving methods need of the kernels, against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_policies.codecs import CODECS
+from cache_policies.kernels.contract import Batch, Mass, Reads
+from cache_policies.kernels.cpu import CpuKernel, supported_isas
+from cache_policies.kernels.reference import ReferenceKernel
+from tests.kernels.harness import Setup
+
+POLICIES = st.sampled_from(list(CODECS))
+LENGTHS = st.sampled_from([0, 1, 31, 127, 128, 129, 300, 512])
+
+
+def _mass(setup: Setup, batch: Batch, first_query: list[int], first_token: list[int]) -> Mass:
+    held = batch.stored + batch.ring + batch.query_start.diff()
+    shape = setup.shape.num_kv_heads
+    out = [
+        None if q < 0 else torch.zeros(shape, int(n) + 5)
+        for q, n in zip(first_query, held, strict=True)
+    ]
+    columns = (torch.tensor(x, dtype=torch.int32) for x in (first_query, first_token))
+    return Mass(*columns, out)
+
+
+def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> list[torch.Tensor]:
+    count = int(batch.query_start[-1])
+    query, key, value = setup.tokens(count, seed=9)
+    outputs = []
+    kernels = (
+        ReferenceKernel(setup.layout, setup.shape),
+        CpuKernel(setup.layout, setup.shape, isa=isa, integer_dot=False, num_threads=2),
+    )
+    for kernel, chosen in zip(kernels, options["each"], strict=True):  # type: ignore[call-overload]
+        output = torch.zeros_like(query)
+        kernel.attend(setup.pages, batch, query, key, value, output, **chosen)
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@settings(max_examples=25, deadline=None)
+@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99))
+def test_mass_equals_the_sums_of_the_softmax(
+    isa: str, policy: str, computed: list[int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900)
+    setup.fill(computed)
+    fresh = [int(rng.choice([1, 7, 129, 200])) for _ in computed]
+    batch = setup.batch(computed, fresh)
+    first_query = [int(rng.integers(0, fresh[0])), -1 if seed % 2 else 0]
+    first_token = [0, int(rng.integers(0, 300))]
+    masses = [_mass(setup, batch, first_query, first_token) for _ in range(2)]
+    outputs = _attend_both(setup, batch, isa, each=[{"mass": m} for m in masses])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for expected, got in zip(*(m.out for m in masses), strict=True):
+        assert (expected is None) == (got is None)
+        if expected is not None and got is not None:
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-4)
+    counted = masses[1].out[0]
+    assert counted is not None
+    queries = (fresh[0] - first_query[0]) * setup.shape.num_heads // setup.shape.num_kv_heads
+    torch.testing.assert_close(counted.sum(1), torch.full((2,), float(queries)), rtol=1e-3, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(policy=POLICIES, seed=st.integers(0, 99))
+def test_only_chosen_pages_are_read(policy: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    computed = [640, 300]
+    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900)
+    setup.fill(computed)
+    batch = setup.batch(computed, [int(rng.choice([1, 40])), 1])
+    pages = torch.zeros(2, 2, 5, dtype=torch.int32)
+    for head in range(2):
+        pages[0, head, :3] = torch.tensor(sorted(rng.choice(5, 3, replace=False)))
+    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32))
+    outputs = _attend_both(setup, batch, supported_isas()[0], each=[{"reads": reads}] * 2)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    everything = _attend_both(setup, batch, supported_isas()[0], each=[{}] * 2)[0]
+    assert not torch.allclose(everything[0], outputs[0][0], atol=1e-3)
+    torch.testing.assert_close(everything[-1], outputs[0][-1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(policy=POLICIES, held=LENGTHS, fresh=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
+def test_tokens_are_read_alike(policy: str, held: int, fresh: int, seed: int) -> None:
+    setup = Setup.make(policy, seqs=1, max_tokens=700)
+    setup.fill([held])
+    _, key, value = setup.tokens(fresh, seed=4)
+    stored = held - int(setup.batch([held], [1]).ring[0])
+    batch = setup.batch([held], [1]).one(
+        0, held=held, stored=stored, store_row=setup.layout.ring_pages, fresh=range(fresh)
+    )
+    rng = torch.Generator().manual_seed(seed)
+    total = held + fresh
+    index = torch.randint(total, (2, min(total, 50)), generator=rng).int() if total else None
+    kernels = [kernel(setup.layout, setup.shape) for kernel in (ReferenceKernel, CpuKernel)]
+    for chosen in (None, index):
+        expected, got = (k.read(setup.pages, batch, key, value, chosen) for k in kernels)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(policy=POLICIES, held=LENGTHS, seed=st.integers(0, 99))
+def test_what_is_written_is_read_back(policy: str, held: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    results = []
+    data = torch.randn(2, 2, held, 64, generator=rng)
+    for kernel in (ReferenceKernel, CpuKernel):
+        setup = Setup.make(policy, seqs=1, max_tokens=1400)
+        base = setup.layout.ring_pages + 3  # some pages behind those of the prompt
+        stored = int(setup.batch([held], [1]).stored[0])
+        batch = setup.batch([held], [1]).one(0, held=held, stored=stored, store_row=base)
+        index = torch.arange(held, dtype=torch.int32).expand(2, -1).contiguous()
+        one = kernel(setup.layout, setup.shape)
+        one.write(setup.pages, batch, index, data[0].clone(), data[1].clone())
+        empty = torch.empty(0, 2, 64)
+        results.append(one.read(setup.pages, batch, empty, empty))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    error = (results[1][0] - data[0]).abs().max() if held else torch.zeros(())
+    assert error < {"raw": 1e-6, "fp16": 3e-3, "bf16": 3e-2, "int8": 3e-2}.get(policy, 1.5)
+
+
+@pytest.mark.parametrize("policy", ["raw", "fp16", "int8", "flexgen-4bit"])
+def test_single_tokens_replace_others_and_no_more(policy: str) -> None:
+    setup = Setup.make(policy, seqs=1, max_tokens=400)
+    setup.fill([300])
+    batch = setup.batch([300], [1]).one(0, held=300, stored=300, store_row=0)
+    kernel = CpuKernel(setup.layout, setup.shape)
+    empty = torch.empty(0, 2, 64)
+    before = kernel.read(setup.pages, batch, empty, empty)[0].clone()
+    index = torch.tensor([[5, 128, -1], [299, 0, 7]], dtype=torch.int32)
+    new = torch.randn(2, 2, 3, 64)
+    kernel.write(setup.pages, batch, index, new[0].clone(), new[1].clone())
+    after = kernel.read(setup.pages, batch, empty, empty)[0]
+    changed = (after - before).abs().amax(-1) > 0
+    assert changed[0].nonzero().flatten().tolist() == [5, 128]
+    assert changed[1].nonzero().flatten().tolist() == [0, 7, 299]
+    torch.testing.assert_close(after[1, 299], new[0, 1, 0], rtol=0.05, atol=0.2)
+
+
+def test_wrong_tokens_are_refused() -> None:
+    setup = Setup.make("kivi-4bit", seqs=1)
+    batch = setup.batch([128], [1]).one(0, held=128, stored=128, store_row=setup.layout.ring_pages)
+    kernel = CpuKernel(setup.layout, setup.shape)
+    index = torch.arange(128, dtype=torch.int32).expand(2, -1).contiguous()
+    x = torch.zeros(2, 128, 64)
+    with pytest.raises(ValueError, match="in order"):
+        kernel.write(setup.pages, batch, index.flip(1).contiguous(), x, x)
+    with pytest.raises(ValueError, match="beyond the held"):
+        kernel.read(setup.pages, batch, x[0], x[0], index + 1)
