@@ -52,15 +52,15 @@ def _settings(policy: str, kernel: str) -> Settings:
     return Settings(parse(policy), kernel)
 
 
-def method_of(sampling_params: SamplingParams | None, default: Method) -> Method:
-    """What a request chose in ``vllm_xargs``, or the engine's default.
+def method_of(sampling_params: SamplingParams | None, default: Method | None) -> Method:
+    """What a request chose in ``vllm_xargs``, or the engine's default (None: nothing is lost).
 
     Raises:
         PolicyError: as ``parse_method``; refused at admission, so not later.
 
     """
     asked = (sampling_params.extra_args or {}).get(POLICY_KEY) if sampling_params else None
-    return default if asked is None else parse_method(asked)
+    return (default or Method()) if asked is None else parse_method(asked)
 
 
 def refuse_method(method: Method, model_config: Any) -> None:

@@ -13,9 +13,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import Method
 from cache_policies.vllm_plugin import BACKEND_PATH
-from cache_policies.vllm_plugin.config import method_of, refuse_engine, refuse_method, settings
+from cache_policies.vllm_plugin.config import (
+    POLICY_KEY,
+    refuse_engine,
+    refuse_method,
+    settings,
+)
+from cache_policies.vllm_plugin.frontend import check_request, note_engine
 from cache_policies.vllm_plugin.rows import Rows, rows_of
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: Rows | None = None
+        note_engine(vllm_config)
         asked = settings(vllm_config)
         if asked is None:
             return
@@ -44,7 +50,7 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        method_of(sampling_params, Method())
+        check_request(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -52,6 +58,11 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
     def update_state(self, batch_update: Any) -> None:
         if self.rows is not None:
             self.rows.update(batch_update)
+            return
+        for _, params, *_rest in batch_update.added if batch_update else ():
+            if POLICY_KEY in (params.extra_args or {}):
+                # A server refuses this at admission; a script may come here.
+                raise PolicyError(f"{POLICY_KEY} of a request: the engine has no cache policy")
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

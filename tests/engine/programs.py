@@ -100,7 +100,14 @@ def alone(
     return [_generate(llm, [prompt], max_tokens)[0] for prompt in prompts]
 
 
-def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> dict[str, int]:
+def storm(
+    model: str,
+    policy: str,
+    requests: int,
+    seed: int,
+    methods: tuple[str, ...] = ("all",),
+    **options: Any,
+) -> dict[str, int]:
     """Random requests with random cancellations in a tiny pool; then every page must be free."""
     from vllm import SamplingParams
 
@@ -123,7 +130,10 @@ def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> 
                 rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))
             ]
             parameters = SamplingParams(
-                temperature=0, max_tokens=rng.randrange(1, 40), ignore_eos=True
+                temperature=0,
+                max_tokens=rng.randrange(1, 40),
+                ignore_eos=True,
+                extra_args={"cache_policy": rng.choice(methods)},
             )
             core.add_request(name, {"prompt_token_ids": prompt}, parameters)
             alive[name], waiting = True, waiting - 1
@@ -139,7 +149,7 @@ def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> 
             for m in manager.single_type_managers
             for row in m.req_to_blocks.values()
             for block in row
-            if block.block_hash is None  # unpublished pages belong to one request
+            if block.block_hash is None and not block.is_null  # unpublished: of one request
         ]
         owned_twice += len(rings) - len(set(rings))
     core.step()
@@ -147,6 +157,81 @@ def storm(model: str, policy: str, requests: int, seed: int, **options: Any) -> 
         "finished": finished, "cancelled": cancelled, "owned_twice": owned_twice,
         "leaked": before - pool.get_num_free_blocks(), "preemptions": _preemptions(llm),
     }  # fmt: skip
+
+
+def mixed(
+    model: str,
+    policy: str,
+    prompts: list[list[int]],
+    methods: list[str | None],
+    max_tokens: int = 24,
+    together: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Each prompt under a method of its own, in one batch or one after the other."""
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, **options)
+    pool = _pool(llm)
+    parameters = [
+        SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True,
+            extra_args={"cache_policy": method} if method else None,
+        )
+        for method in methods
+    ]  # fmt: skip
+    pairs = list(zip(prompts, parameters, strict=True))
+    batches = [pairs] if together else [[pair] for pair in pairs]
+    outputs = [
+        out
+        for batch in batches
+        for out in llm.generate(
+            [{"prompt_token_ids": p} for p, _ in batch], [s for _, s in batch], use_tqdm=False
+        )
+    ]
+    return {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "cached": [o.num_cached_tokens for o in outputs],
+        "free": pool.get_num_free_blocks(), "total": pool.num_gpu_blocks - 1,
+        "preemptions": _preemptions(llm),
+    }  # fmt: skip
+
+
+def pool_by_step(
+    model: str, policy: str, prompt: list[int], method: str, max_tokens: int = 4, **options: Any
+) -> list[tuple[int, int]]:
+    """(tokens computed, pages in use) after every step of one request."""
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, **options)
+    core, pool = llm.llm_engine, _pool(llm)
+    scheduler = core.engine_core.engine_core.scheduler
+    parameters = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args={"cache_policy": method}
+    )
+    core.add_request("r", {"prompt_token_ids": prompt}, parameters)
+    seen = []
+    while core.has_unfinished_requests():
+        core.step()
+        computed = [request.num_computed_tokens for request in scheduler.requests.values()]
+        seen.append((*computed, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()))
+    return seen
+
+
+def rejected(model: str, policy: str | None, method: Any, **options: Any) -> list[str]:
+    """How a request with a bad policy ends, and whether the next one is served."""
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, **options)
+    results = []
+    for extra in ({"cache_policy": method}, None):
+        parameters = SamplingParams(temperature=0, max_tokens=2, extra_args=extra)
+        try:
+            outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}], parameters, use_tqdm=False)
+            results.append(str(outputs[0].outputs[0].finish_reason))
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+    return results
 
 
 def refused(model: str, policy: str | None, **options: Any) -> str:

@@ -137,7 +137,9 @@ def test_the_entry_point_activates_the_plugin() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("snapkv", {}, "unknown cache policy 'snapkv'; allowed: raw, fp16"),
+    ("snappkv", {}, "unknown cache policy 'snappkv'; allowed: raw, fp16"),
+    ("snapkv(budget=0)", {}, "budget=0 is not above sinks + window"),
+    ("fp16", {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "drop --scheduler-cls"),
     ("kivi-4bit(group=128)", {}, "group 128 does not divide head size 64"),
     ("kivi-4bit", {"block_size": 64}, "residual 128 does not divide the block size 64"),
     ("kivi-4bit", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),

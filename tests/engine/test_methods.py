@@ -1,0 +1,172 @@
+"""Retention and retrieval in unmodified vLLM, on a tiny random model."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Program
+
+pytestmark = pytest.mark.engine
+RNG = random.Random(11)
+METHODS = [
+    "snapkv(budget=200)", None, "h2o(heavy=100,recent=60)", "streaming-llm(sinks=4,window=124)",
+    "infllm(topk=1,local=128)", "tova(budget=150,interval=16)", "expected-attention(ratio=0.25)",
+    "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)", "lagkv(budget=300)",
+    "random(budget=100)", "knorm(budget=90,prefill=bounded)",
+    "streaming-llm(sinks=4,window=96,positions=cache)",
+]  # fmt: skip
+PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(METHODS))]
+PAGE = 128 * 256 * 4  # fp16: two layers of two heads
+
+
+@pytest.fixture(scope="module", params=["fp16", "kivi-4bit"])
+def codec(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(program: Program, tiny: str, codec: str) -> Any:
+    return program(
+        "mixed", model=tiny, policy=codec, prompts=PROMPTS, methods=METHODS, together=False,
+        max_num_batched_tokens=256,
+    )  # fmt: skip
+
+
+def test_requests_of_different_policies_share_a_batch(
+    program: Program, tiny: str, codec: str, alone: Any
+) -> None:
+    """Chunks differ between the runs, so only the methods that do not depend on them compare."""
+    got = program("mixed", model=tiny, policy=codec, prompts=PROMPTS, methods=METHODS)
+    assert got["free"] == got["total"]
+    assert all(len(tokens) == 24 for tokens in got["tokens"])
+    if codec == "fp16":
+        same = [i for i, m in enumerate(METHODS) if m is None or not _depends_on_chunks(m)]
+        assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
+
+
+def _depends_on_chunks(method: str) -> bool:
+    bounded = ("streaming-llm", "keydiff", "infllm")
+    return method.startswith(bounded) or "bounded" in method
+
+
+def test_preemption_keeps_the_policy(program: Program, tiny: str) -> None:
+    """The same tokens as with room enough, until a request that starts over sees its own answer
+    as a part of the prompt, which is then attended to in full.
+    """
+    methods = ["snapkv(budget=100)", "lagkv(budget=270)", "pyramidkv(budget=90)", "tova(budget=90)"]
+    methods *= 2
+    arguments = {"model": tiny, "policy": "raw", "methods": methods, "max_tokens": 400,
+                 "prompts": PROMPTS[: len(methods)], "max_model_len": 1280}  # fmt: skip
+    roomy = program("mixed", **arguments)
+    small = program("mixed", **arguments, kv_cache_memory_bytes=14 * 2 * PAGE)
+    assert roomy["preemptions"] == 0
+    assert small["preemptions"] > 0
+    assert small["free"] == small["total"]
+    assert all(len(tokens) == 400 for tokens in small["tokens"])
+    for got, expected in zip(small["tokens"], roomy["tokens"], strict=True):
+        assert got[:100] == expected[:100]
+
+
+def test_pages_are_back_after_the_first_decode_step(program: Program, tiny: str) -> None:
+    """Read from the pool: 8 pages of a prompt of 16 and a private row end in 2."""
+    prompt = [RNG.randrange(256) for _ in range(1950)]
+    steps = program(
+        "pool_by_step", model=tiny, policy="fp16", prompt=prompt, method="snapkv(budget=256)"
+    )
+    in_use = dict(s for s in steps if len(s) == 2)
+    assert in_use[1792] == 14
+    assert in_use[1950] == 16 + 2
+    assert in_use[1951] == 3
+
+
+@pytest.mark.parametrize(
+    "method", ["h2o(heavy=128,recent=128,prefill=bounded)", "streaming-llm(window=252,sinks=4)"]
+)
+def test_a_bounded_method_never_holds_more(program: Program, tiny: str, method: str) -> None:
+    prompt = [RNG.randrange(256) for _ in range(1800)]
+    steps = program(
+        "pool_by_step", model=tiny, policy="fp16", prompt=prompt, method=method, max_tokens=200
+    )
+    used = [step[-1] for step in steps]
+    assert max(used) == 3  # 256 tokens, and up to 127 of the answer until the next cut
+    assert max(used[:7]) == 2
+
+
+@pytest.mark.parametrize("method", ["snapkv(budget=200)", "tova(budget=150)", "knorm(budget=150)"])
+def test_prefix_caching_survives(program: Program, tiny: str, method: str) -> None:
+    prompt = PROMPTS[0]
+    got = program(
+        "mixed", model=tiny, policy="fp16", prompts=[prompt] * 3, methods=[method] * 3,
+        together=False, max_num_batched_tokens=128,
+    )  # fmt: skip
+    assert got["cached"][0] == 0
+    assert got["cached"][1] == got["cached"][2] >= 512
+    assert got["tokens"][0] == got["tokens"][1] == got["tokens"][2]
+
+
+def test_methods_that_must_see_every_query_do_not_hit(program: Program, tiny: str) -> None:
+    methods = ["h2o", "all", "h2o", "expected-attention", "infllm", "streaming-llm", "quest"]
+    got = program(
+        "mixed", model=tiny, policy="fp16", prompts=[PROMPTS[0]] * 7, methods=methods,
+        together=False,
+    )  # fmt: skip
+    assert got["cached"] == [0, 640, 0, 0, 0, 0, 640]
+
+
+@pytest.mark.parametrize("policy", ["fp16", "kivi-2bit"])
+def test_a_storm_of_policies_leaves_every_page_free(
+    program: Program, tiny: str, policy: str
+) -> None:
+    page = {"fp16": PAGE, "kivi-2bit": 128 * 48 * 4}[policy]
+    result = program(
+        "storm", model=tiny, policy=policy, requests=300, seed=3, max_model_len=1024,
+        kv_cache_memory_bytes=40 * page, methods=[m or "all" for m in METHODS],
+    )  # fmt: skip
+    assert result["finished"] + result["cancelled"] == 300
+    assert result["cancelled"] > 30
+    assert result["owned_twice"] == 0
+    assert result["leaked"] == 0
+
+
+def test_parallel_sampling_and_an_engine_wide_default(program: Program, tiny: str) -> None:
+    result = program(
+        "generate", model=tiny, policy="snapkv(budget=150)+int8", prompts=PROMPTS[:2],
+        max_tokens=40, sampling={"n": 3, "temperature": 1.0},
+    )  # fmt: skip
+    for request in result["results"]:
+        assert len({tuple(t) for t in request["tokens"]}) == 3
+    assert result["free"] == result["total"]
+
+
+def test_tensor_parallel(program: Program, tiny: str) -> None:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    arguments = {"model": tiny, "policy": "snapkv(budget=200)+raw", "prompts": PROMPTS[:3]}
+    one = program("tokens", **arguments)
+    assert program("tokens", environment, **arguments, tensor_parallel_size=2) == one
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ("snappkv", "unknown cache policy 'snappkv'"),
+        ("snapkv(budget=20)", "not above sinks + window"),
+        ("snapkv+kivi-2bit", "cannot choose the codec"),
+        (7, "non-empty string"),
+    ],
+)
+def test_a_bad_policy_of_a_request_is_refused_and_no_other_is_disturbed(
+    program: Program, tiny: str, method: Any, named: str
+) -> None:
+    first, second = program("rejected", model=tiny, policy="fp16", method=method)
+    assert named in first
+    assert second == "length"
+
+
+def test_a_policy_without_an_engine_policy_is_refused(program: Program, tiny: str) -> None:
+    first, second = program("rejected", model=tiny, policy=None, method="snapkv")
+    assert "cache_policy" in first
+    assert second == "length"
