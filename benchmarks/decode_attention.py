@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SHAPES = ((9, 3, 64), (32, 8, 128))
 POLICIES = ("fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit")
+BUDGETED = ("fp16", "kivi-4bit")  # what decode costs once all but a budget is dropped
 PAGE = 128
 LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
 
@@ -143,6 +144,9 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--budget", type=int, default=1024, help="tokens kept by an evicting method"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     speed = bandwidth()
@@ -152,6 +156,9 @@ def main() -> None:
         reads = {"stock float32": options.seqs * options.tokens * shape[1] * shape[2] * 8}
         for policy in POLICIES:
             steps[policy], reads[policy] = ours(policy, options.seqs, options.tokens, shape)
+        for policy in BUDGETED:
+            name = f"{policy}, {options.budget}"
+            steps[name], reads[name] = ours(policy, options.seqs, options.budget, shape)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()

@@ -85,7 +85,7 @@ def main() -> None:
     if options.only is not None:
         print(MARK + json.dumps(measure(options.only or None, options.streams, options.steps)))
         return
-    print(f"{'':14}{'prompt':>8}{'TTFT s':>9}{'x stock':>9}{'out tok/s':>11}{'x stock':>9}")
+    print(f"{'':32}{'prompt':>8}{'TTFT s':>9}{'x stock':>9}{'out tok/s':>11}{'x stock':>9}")
     base: tuple[float, float] | None = None
     for policy in ("", *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
         command = [sys.executable, __file__, "--only", policy, "--streams", str(options.streams)]
@@ -98,7 +98,7 @@ def main() -> None:
         base = base or (ttft, speed)
         name = policy or "stock float32"
         ratios = f"{ttft / base[0]:9.2f}", f"{speed / base[1]:9.2f}"
-        print(f"{name:14}{prompt:8}{ttft:9.1f}{ratios[0]}{speed:11.1f}{ratios[1]}", flush=True)
+        print(f"{name:32}{prompt:8}{ttft:9.1f}{ratios[0]}{speed:11.1f}{ratios[1]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ count attention where a method asks for it, write the fresh tokens, and cut.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from cache_policies.cut import Cut
@@ -17,11 +17,14 @@ from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.retention.base import QueryStatistics
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     from cache_policies.cut import Layer, Tokens
     from cache_policies.plan import Plan
     from cache_policies.request import RequestState
+    from cache_policies.retention import Retention
+    from cache_policies.retrieval import Retrieval
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Step:
     computed: npt.NDArray[np.int32]
     states: list[RequestState | None]
     block_table: torch.Tensor
-    _batches: dict[tuple[int | None, ...], tuple[Batch, list[Cut]]] = field(default_factory=dict)
+    _batches: dict[tuple[int, ...], tuple[Batch, list[Cut]]] = field(default_factory=dict)
 
     def run(self, layer: Layer, tokens: Tokens, output: torch.Tensor) -> None:
         """Attend, append and cut in one layer."""
@@ -55,26 +58,34 @@ class Step:
         for cut in cuts:
             cut.run(layer, batch, tokens)
 
+    @cached_property
+    def _evicting(self) -> list[tuple[int, RequestState, Retention]]:
+        """Requests under a retention method, with their place in the batch."""
+        pairs = ((seq, state) for seq, state in enumerate(self.states) if state is not None)
+        return [(q, s, s.method.retention) for q, s in pairs if s.method.retention is not None]
+
+    @cached_property
+    def _retrieving(self) -> list[tuple[int, RequestState, Retrieval]]:
+        """Requests under a retrieval method, with their place in the batch."""
+        pairs = ((seq, state) for seq, state in enumerate(self.states) if state is not None)
+        return [(q, s, s.method.retrieval) for q, s in pairs if s.method.retrieval is not None]
+
     # ---- the batch of a layer
 
     def _batch(self, layer: Layer) -> tuple[Batch, list[Cut]]:
         """Counts and cuts; layers in which every request keeps as much share them."""
         keeps = tuple(
-            state.method.retention.kept(state.span.prompt, layer.index, layer.layers)
-            if state is not None and state.method.retention
-            else None
-            for state in self.states
+            retention.kept(state.span.prompt, layer.index, layer.layers)
+            for _, state, retention in self._evicting
         )
         if keeps not in self._batches:
             self._batches[keeps] = self._make_batch(keeps)
         return self._batches[keeps]
 
-    def _make_batch(self, keeps: tuple[int | None, ...]) -> tuple[Batch, list[Cut]]:
+    def _make_batch(self, keeps: tuple[int, ...]) -> tuple[Batch, list[Cut]]:
         batch = Batch.of(self.plan, self.query_start, self.computed, self.block_table)
         cuts: list[Cut] = []
-        for seq, (state, keep) in enumerate(zip(self.states, keeps, strict=True)):
-            if state is None or keep is None:
-                continue
+        for (seq, state, _), keep in zip(self._evicting, keeps, strict=True):
             before, fresh = int(self.computed[seq]), self._fresh(seq)
             span, after = state.span, before + fresh
             held, appended = span.held(before, keep), fresh
@@ -97,36 +108,40 @@ class Step:
 
     def _mass(self, layer: Layer, batch: Batch, cuts: list[Cut]) -> Mass | None:
         cutting = {cut.seq for cut in cuts}
-        out: list[torch.Tensor | None] = [None] * len(self.states)
-        first_query = np.zeros(len(self.states), dtype=np.int32)
-        first_token = np.zeros(len(self.states), dtype=np.int32)
-        for seq, state in enumerate(self.states):
-            if state is None:
-                continue
-            before, fresh = int(self.computed[seq]), self._fresh(seq)
-            retention, retrieval = state.method.retention, state.method.retrieval
-            first: int | None = None
-            if retention is not None:
-                prompt = state.span.prompt
-                first = retention.first_query(before, before + fresh, prompt, seq in cutting)
-            elif retrieval is not None and retrieval.OBSERVES:
-                first, first_token[seq] = before, max(0, before - retrieval.OBSERVES)
-            if first is None:
-                continue
-            first_query[seq] = first - before
-            needed = int(batch.stored[seq] + batch.ring[seq]) + fresh
-            buffer = state.layers[layer.index].mass_for(layer.heads, needed)
-            if retention is not None and not retention.ACCUMULATES:
-                buffer.zero_()
-            out[seq] = buffer
-        if all(o is None for o in out):
+        wanted: dict[int, tuple[int, int]] = {}  # first query and first token, both as positions
+        for seq, state, retention in self._evicting:
+            before, after = int(self.computed[seq]), int(self.computed[seq]) + self._fresh(seq)
+            first = retention.first_query(before, after, state.span.prompt, seq in cutting)
+            if first is not None:
+                wanted[seq] = first, 0
+        for seq, _, retrieval in self._retrieving:
+            if retrieval.OBSERVES:
+                before = int(self.computed[seq])
+                wanted[seq] = before, max(0, before - retrieval.OBSERVES)
+        if not wanted:
             return None
-        return Mass(torch.from_numpy(first_query), torch.from_numpy(first_token), out)
+        out: list[torch.Tensor | None] = [None] * len(self.states)
+        first_query = torch.zeros(len(self.states), dtype=torch.int32)
+        first_token = torch.zeros(len(self.states), dtype=torch.int32)
+        for seq, (query, token) in wanted.items():
+            first_query[seq], first_token[seq] = query - int(self.computed[seq]), token
+            out[seq] = self._buffer(layer, batch, seq)
+        return Mass(first_query, first_token, out)
+
+    def _buffer(self, layer: Layer, batch: Batch, seq: int) -> torch.Tensor:
+        """Where a request's mass is counted."""
+        state = self.states[seq]
+        assert state is not None
+        needed = int(batch.stored[seq] + batch.ring[seq]) + self._fresh(seq)
+        buffer = state.layers[layer.index].mass_for(layer.heads, needed)
+        retention = state.method.retention
+        if retention is not None and not retention.ACCUMULATES:
+            buffer.zero_()
+        return buffer
 
     def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
-        for seq, state in enumerate(self.states):
-            retention = state.method.retention if state is not None else None
-            if state is None or retention is None or not retention.USES_QUERIES:
+        for seq, state, retention in self._evicting:
+            if not retention.USES_QUERIES:
                 continue
             before = int(self.computed[seq])
             skip = max(0, getattr(retention, "sinks", 0) - before)
@@ -143,10 +158,7 @@ class Step:
 
     def _reads(self, layer: Layer, batch: Batch, tokens: Tokens) -> Reads | None:
         chosen: dict[int, torch.Tensor] = {}
-        for seq, state in enumerate(self.states):
-            retrieval = state.method.retrieval if state is not None else None
-            if state is None or retrieval is None:
-                continue
+        for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:
                 continue

@@ -198,33 +198,42 @@ def mixed(
 
 
 def pool_by_step(
-    model: str, policy: str, prompt: list[int], method: str, max_tokens: int = 4, **options: Any
-) -> list[tuple[int, int]]:
-    """(tokens computed, pages in use) after every step of one request."""
+    model: str,
+    policy: str,
+    prompt: list[int],
+    methods: list[str],
+    max_tokens: int = 4,
+    **options: Any,
+) -> list[list[tuple[int, ...]]]:
+    """Per method: tokens computed and pages in use after every step of one request."""
     from vllm import SamplingParams
 
     llm = engine(model, policy, **options)
     core, pool = llm.llm_engine, _pool(llm)
     scheduler = core.engine_core.engine_core.scheduler
-    parameters = SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args={"cache_policy": method}
-    )
-    core.add_request("r", {"prompt_token_ids": prompt}, parameters)
-    seen = []
-    while core.has_unfinished_requests():
-        core.step()
-        computed = [request.num_computed_tokens for request in scheduler.requests.values()]
-        seen.append((*computed, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()))
-    return seen
+    results = []
+    for method in methods:
+        parameters = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True,
+            extra_args={"cache_policy": method},
+        )  # fmt: skip
+        core.add_request(method, {"prompt_token_ids": prompt}, parameters)
+        seen = []
+        while core.has_unfinished_requests():
+            core.step()
+            computed = [request.num_computed_tokens for request in scheduler.requests.values()]
+            seen.append((*computed, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()))
+        results.append(seen)
+    return results
 
 
-def rejected(model: str, policy: str | None, method: Any, **options: Any) -> list[str]:
-    """How a request with a bad policy ends, and whether the next one is served."""
+def rejected(model: str, policy: str | None, methods: list[Any], **options: Any) -> list[str]:
+    """How requests with bad policies end, and whether a good one after them is served."""
     from vllm import SamplingParams
 
     llm = engine(model, policy, **options)
     results = []
-    for extra in ({"cache_policy": method}, None):
+    for extra in (*({"cache_policy": method} for method in methods), None):
         parameters = SamplingParams(temperature=0, max_tokens=2, extra_args=extra)
         try:
             outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}], parameters, use_tqdm=False)

@@ -23,29 +23,21 @@ PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
 
 
-@pytest.fixture(scope="module", params=["fp16", "kivi-4bit"])
-def codec(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def alone(program: Program, tiny: str, codec: str) -> Any:
-    return program(
-        "mixed", model=tiny, policy=codec, prompts=PROMPTS, methods=METHODS, together=False,
-        max_num_batched_tokens=256,
-    )  # fmt: skip
-
-
-def test_requests_of_different_policies_share_a_batch(
-    program: Program, tiny: str, codec: str, alone: Any
-) -> None:
+def test_requests_of_different_policies_share_a_batch(program: Program, tiny: str) -> None:
     """Chunks differ between the runs, so only the methods that do not depend on them compare."""
-    got = program("mixed", model=tiny, policy=codec, prompts=PROMPTS, methods=METHODS)
+    arguments = {"model": tiny, "policy": "fp16", "prompts": PROMPTS, "methods": METHODS}
+    alone = program("mixed", **arguments, together=False)
+    got = program("mixed", **arguments)
     assert got["free"] == got["total"]
     assert all(len(tokens) == 24 for tokens in got["tokens"])
-    if codec == "fp16":
-        same = [i for i, m in enumerate(METHODS) if m is None or not _depends_on_chunks(m)]
-        assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
+    same = [i for i, m in enumerate(METHODS) if m is None or not _depends_on_chunks(m)]
+    assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
+
+
+def test_every_method_runs_on_quantized_pages(program: Program, tiny: str) -> None:
+    got = program("mixed", model=tiny, policy="kivi-4bit", prompts=PROMPTS, methods=METHODS)
+    assert got["free"] == got["total"]
+    assert all(len(tokens) == 24 for tokens in got["tokens"])
 
 
 def _depends_on_chunks(method: str) -> bool:
@@ -72,40 +64,35 @@ def test_preemption_keeps_the_policy(program: Program, tiny: str) -> None:
 
 
 def test_pages_are_back_after_the_first_decode_step(program: Program, tiny: str) -> None:
-    """Read from the pool: 8 pages of a prompt of 16 and a private row end in 2."""
+    """Read from the pool after every step: SnapKV at the prompt's end, then bounded methods."""
     prompt = [RNG.randrange(256) for _ in range(1950)]
-    steps = program(
-        "pool_by_step", model=tiny, policy="fp16", prompt=prompt, method="snapkv(budget=256)"
-    )
-    in_use = dict(s for s in steps if len(s) == 2)
+    snapkv, *bounded = program(
+        "pool_by_step", model=tiny, policy="fp16", prompt=prompt, max_tokens=200,
+        methods=["snapkv(budget=256)", "h2o(heavy=128,recent=128,prefill=bounded)",
+                 "streaming-llm(window=252,sinks=4)"],
+    )  # fmt: skip
+    in_use = dict(step for step in snapkv if len(step) == 2)
     assert in_use[1792] == 14
     assert in_use[1950] == 16 + 2
     assert in_use[1951] == 3
+    for steps in bounded:
+        used = [step[-1] for step in steps]
+        assert max(used[:7]) == 2
+        assert max(used) == 3  # 256 tokens, and up to 127 of the answer until the next cut
 
 
-@pytest.mark.parametrize(
-    "method", ["h2o(heavy=128,recent=128,prefill=bounded)", "streaming-llm(window=252,sinks=4)"]
-)
-def test_a_bounded_method_never_holds_more(program: Program, tiny: str, method: str) -> None:
-    prompt = [RNG.randrange(256) for _ in range(1800)]
-    steps = program(
-        "pool_by_step", model=tiny, policy="fp16", prompt=prompt, method=method, max_tokens=200
-    )
-    used = [step[-1] for step in steps]
-    assert max(used) == 3  # 256 tokens, and up to 127 of the answer until the next cut
-    assert max(used[:7]) == 2
-
-
-@pytest.mark.parametrize("method", ["snapkv(budget=200)", "tova(budget=150)", "knorm(budget=150)"])
-def test_prefix_caching_survives(program: Program, tiny: str, method: str) -> None:
-    prompt = PROMPTS[0]
+def test_prefix_caching_survives(program: Program, tiny: str) -> None:
+    """The second and third request hit the prompt's pages, and say what the first one said."""
+    methods = ["snapkv(budget=200)", "tova(budget=150)", "knorm(budget=150)"]
     got = program(
-        "mixed", model=tiny, policy="fp16", prompts=[prompt] * 3, methods=[method] * 3,
-        together=False, max_num_batched_tokens=128,
+        "mixed", model=tiny, policy="fp16", prompts=[p for p in PROMPTS[:3] for _ in range(3)],
+        methods=[m for m in methods for _ in range(3)], together=False,
+        max_num_batched_tokens=128,
     )  # fmt: skip
-    assert got["cached"][0] == 0
-    assert got["cached"][1] == got["cached"][2] >= 512
-    assert got["tokens"][0] == got["tokens"][1] == got["tokens"][2]
+    for i in range(0, 9, 3):
+        assert got["cached"][i] == 0
+        assert got["cached"][i + 1] == got["cached"][i + 2] >= 512
+        assert got["tokens"][i] == got["tokens"][i + 1] == got["tokens"][i + 2]
 
 
 def test_methods_that_must_see_every_query_do_not_hit(program: Program, tiny: str) -> None:
@@ -149,24 +136,22 @@ def test_tensor_parallel(program: Program, tiny: str) -> None:
     assert program("tokens", environment, **arguments, tensor_parallel_size=2) == one
 
 
-@pytest.mark.parametrize(
-    ("method", "named"),
-    [
-        ("snappkv", "unknown cache policy 'snappkv'"),
-        ("snapkv(budget=20)", "not above sinks + window"),
-        ("snapkv+kivi-2bit", "cannot choose the codec"),
-        (7, "non-empty string"),
-    ],
-)
 def test_a_bad_policy_of_a_request_is_refused_and_no_other_is_disturbed(
-    program: Program, tiny: str, method: Any, named: str
+    program: Program, tiny: str
 ) -> None:
-    first, second = program("rejected", model=tiny, policy="fp16", method=method)
-    assert named in first
-    assert second == "length"
+    bad: dict[Any, str] = {
+        "snappkv": "unknown cache policy 'snappkv'",
+        "snapkv(budget=20)": "not above sinks + window",
+        "snapkv+kivi-2bit": "cannot choose the codec",
+        7: "non-empty string",
+    }
+    *results, last = program("rejected", model=tiny, policy="fp16", methods=list(bad))
+    for result, named in zip(results, bad.values(), strict=True):
+        assert named in result
+    assert last == "length"
 
 
 def test_a_policy_without_an_engine_policy_is_refused(program: Program, tiny: str) -> None:
-    first, second = program("rejected", model=tiny, policy=None, method="snapkv")
-    assert "cache_policy" in first
+    first, second = program("rejected", model=tiny, policy=None, methods=["snapkv"])
+    assert "runs without a cache policy" in first
     assert second == "length"

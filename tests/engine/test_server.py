@@ -49,12 +49,49 @@ def test_completions_chat_and_streams(client: openai.OpenAI) -> None:
     assert chat.choices[0].message.content
 
 
-def test_a_policy_in_a_request_is_refused_not_ignored(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="cannot be chosen per request"):
-        client.completions.create(
-            model="smollm2-135m", prompt="x", max_tokens=1,
-            extra_body={"vllm_xargs": {"cache_policy": "kivi-2bit"}},
-        )  # fmt: skip
+def _complete(client: openai.OpenAI, policy: object) -> str:
+    done = client.completions.create(
+        model="smollm2-135m", prompt="The grass is green. " * 60 + "The capital of France is",
+        max_tokens=4, temperature=0, extra_body={"vllm_xargs": {"cache_policy": policy}},
+    )  # fmt: skip
+    return done.choices[0].text
+
+
+def test_a_request_chooses_its_method(client: openai.OpenAI) -> None:
+    assert _complete(client, "snapkv(budget=96)")
+    assert _complete(client, "streaming-llm(sinks=4,window=60)")
+    chat = client.chat.completions.create(
+        model="smollm2-135m", messages=[{"role": "user", "content": "Say hello."}], max_tokens=8,
+        extra_body={"vllm_xargs": {"cache_policy": "expected-attention(budget=64)"}},
+    )  # fmt: skip
+    assert chat.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("policy", "named"),
+    [
+        ("snappkv", "unknown cache policy 'snappkv'; allowed: .*snapkv"),
+        ("snapkv(budget=0)", "budget=0 is not above sinks"),
+        ("snapkv(ratio=1.5)", "ratio=1.5 is not above 0 and at most 1"),
+        ("snapkv+kivi-2bit", "cannot choose the codec 'kivi-2bit'"),
+        (5, "non-empty string"),
+    ],
+)
+def test_a_bad_method_in_a_request_is_a_400_that_names_what_is_allowed(
+    client: openai.OpenAI, policy: object, named: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=named):
+        _complete(client, policy)
+    assert _complete(client, "all")
+
+
+def test_a_method_on_a_server_without_a_policy_is_a_400(smollm2: Path, tmp_path: Path) -> None:
+    assert smollm2.exists()
+    with running_server(["smollm2-135m", *FLAGS], tmp_path / "log") as plain:
+        client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="runs without a cache policy"):
+            _complete(client, "snapkv(budget=96)")
+        assert client.completions.create(model="smollm2-135m", prompt="x", max_tokens=1).choices
 
 
 def test_a_prompt_over_the_limit_gets_vllms_own_400(client: openai.OpenAI) -> None:

@@ -71,3 +71,13 @@ def test_embedded_models_are_known_by_name_only(
     assert resolve("org/some-model") == "org/some-model"
     with pytest.raises(ModelError, match="known: smollm2-135m, gemma3-270m"):
         get_model("nix")
+
+
+def test_a_budget_counts_the_pages_kept_after_the_prompt() -> None:
+    shape = ModelShape(layers=30, num_kv_heads=3, head_size=64, dtype=torch.float32)
+    full = capacity(parse("fp16"), shape, 1 << 30, 8192)
+    kept = capacity(parse("snapkv(budget=1024)+fp16"), shape, 1 << 30, 8192)
+    both = capacity(parse("snapkv(budget=1024)+kivi-4bit"), shape, 1 << 30, 8192)
+    assert kept.requests == 8 * full.requests + 5  # 64 pages and 8 of them, in 364
+    assert kept.ratio == 8
+    assert both.ratio == pytest.approx(64 / 12 * 3.2, rel=0.01)  # four ring pages
