@@ -127,9 +127,21 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
+        self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        """Offer full pages to the prefix cache, those of earlier steps only.
+
+        vLLM's backends write a step's keys before any of its queries are computed, so that a
+        request may hit pages of the same step. Here a page is written after the attention of its
+        layer, hence the pages of a step are published in the next one.
+        """
+        if not self.enable_caching:
+            return
         limit = published_tokens(self.method(request), self.span(request))
+        computed = request.num_computed_tokens
         published = self.num_cached_block.get(request.request_id, 0)
-        full = self.plan.full_pages(num_tokens if limit is None else min(num_tokens, limit))
+        full = self.plan.full_pages(computed if limit is None else min(computed, limit))
         if published >= full:
             return
         self.block_pool.cache_full_blocks(
@@ -149,6 +161,8 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         num_prompt_tokens: int | None = None,
     ) -> None:
         gone = self._span(request_id).given_back(processed_computed_tokens)
+        if gone:
+            self._publish(self._requests[request_id])
         row = self.req_to_blocks.get(request_id)
         if not gone or not row or row[gone.stop - 1] is self._null_block:
             return
@@ -158,6 +172,11 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
             row[i] = self._null_block
         self.block_pool.free_blocks(freed)
         self.pages_given_back += len(freed)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        if self.req_to_blocks.get(request_id):
+            self._publish(self._requests[request_id])
+        return list(super().pop_blocks_for_free(request_id))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0  # cascade attention would read the ring as a shared prefix

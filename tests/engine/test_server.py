@@ -87,7 +87,7 @@ def test_a_bad_method_in_a_request_is_a_400_that_names_what_is_allowed(
 
 def test_a_method_on_a_server_without_a_policy_is_a_400(smollm2: Path, tmp_path: Path) -> None:
     assert smollm2.exists()
-    with running_server(["smollm2-135m", *FLAGS], tmp_path / "log") as plain:
+    with running_server(["smollm2-135m", *FLAGS[:-1], str(256 << 20)], tmp_path / "log") as plain:
         client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="runs without a cache policy"):
             _complete(client, "snapkv(budget=96)")
