@@ -228,6 +228,8 @@ class Retention(ABC):
     def select(self, seen: Seen, keep: int) -> torch.Tensor:
         """Mask ``[num_kv_heads, n]`` with exactly ``keep`` tokens of every head."""
         stays = self.protected(seen)
+        if not self.DECODE_CUTS:  # a resumed request may bring answer tokens in its prompt's chunk
+            stays = stays | (seen.position >= seen.prompt)
         left = keep - int(stays[0].sum())
         if left > 0:
             score = self.score(seen).masked_fill(stays, -torch.inf)

@@ -14,8 +14,7 @@ import torch
 
 from cache_policies.errors import PolicyError
 from cache_policies.parameters import Value, parameters, shown
-
-FULL, BOUNDED = "full", "bounded"
+from cache_policies.retention.base import BOUNDED, FULL
 
 
 @dataclass(frozen=True)

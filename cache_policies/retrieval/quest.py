@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from cache_policies.retrieval.base import FULL, Retrieval
+from cache_policies.retention.base import FULL
+from cache_policies.retrieval.base import Retrieval
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(kv_cache_spec, **kwargs)
         self.plan, self.layers = kv_cache_spec.plan, kv_cache_spec.layers
         self.default = kv_cache_spec.policy_in_force.method
-        self.pages_given_back = 0
         self._engine: Engine | None = None
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
@@ -171,7 +170,6 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         for i in gone:
             row[i] = self._null_block
         self.block_pool.free_blocks(freed)
-        self.pages_given_back += len(freed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self.req_to_blocks.get(request_id):

@@ -152,6 +152,19 @@ def test_a_request_that_starts_over_forgets(method: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "method", ["snapkv(budget=150)", "lagkv(budget=300)", "pyramidkv(budget=90)"]
+)
+@pytest.mark.parametrize("caching", [True, False])
+def test_an_answer_in_the_chunk_that_ends_the_prompt_is_kept(method: str, caching: bool) -> None:
+    """So a resumed request brings it: these methods keep every token of the answer."""
+    worker = Worker("raw", caching=caching)
+    sequence = worker.start(TEXT, method, PROMPT)
+    worker.run(sequence, [400, 380, 1])
+    for positions in worker.positions(sequence):
+        assert set(range(PROMPT, PROMPT + 81)) <= set(positions.tolist())
+
+
 def test_a_step_the_worker_cannot_follow_is_an_error() -> None:
     worker = Worker("raw")
     sequence = worker.start(TEXT, "h2o(heavy=100,recent=60)", 600)
