@@ -1,4 +1,4 @@
-# make demo    serve the embedded model under several policies, measure, print the table
+# make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
@@ -16,7 +16,11 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	.venv/bin/python -m loadtest.demo
+	.venv/bin/kvthrift compare smollm2-135m --out demo-results \
+		--policy fp16 --policy kivi-4bit --policy kivi-2bit \
+		--policy 'snapkv(budget=512)' --policy 'streaming-llm(window=508)' \
+		--workload 'passkey(lengths=400|1600)' --memory 256M \
+		--max-model-len 4096 --max-num-batched-tokens 1024 --enforce-eager
 
 test: setup
 	.venv/bin/python -m pytest

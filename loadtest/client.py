@@ -1,131 +1,262 @@
-"""An OpenAI-compatible server seen from outside: streamed completions with token times."""
+"""One request to an OpenAI-compatible server, streamed, with the time of every token."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import ssl
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from loadtest.errors import NO_SERVER, LoadTestError
+from loadtest.records import Record
 
-@dataclass
-class Answer:
-    """One finished request.
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from loadtest.workloads import Item
+
+ENDPOINTS = ("auto", "completions", "chat")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom to ask, and how.
 
     Attributes:
-        text: what was generated.
-        prompt_tokens: as the server counted them.
-        output_tokens: as the server counted them.
-        sent: monotonic seconds when the request was sent.
-        arrivals: monotonic seconds of every chunk that carried text.
-        finished: monotonic seconds when the stream ended.
-        error: what went wrong, or None.
+        url: e.g. ``http://127.0.0.1:8000``.
+        model: name of the served model.
+        endpoint: ``completions``, ``chat``, or ``auto``: what the workload's item wants.
+        api_key: sent as bearer token; never written down.
+        extra: added to every request's body, e.g. ``{"vllm_xargs": {...}}``.
+        timeout: seconds a request may take.
+        is_vllm: whether vLLM's extensions of the API may be used.
+        longest: most tokens of prompt and answer; None: the server does not say.
 
     """
 
-    text: str = ""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    sent: float = 0.0
-    arrivals: list[float] = field(default_factory=list)
-    finished: float = 0.0
-    error: str | None = None
+    url: str
+    model: str
+    endpoint: str = "auto"
+    api_key: str | None = field(default=None, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 600.0
+    is_vllm: bool = False
+    longest: int | None = None
 
     @property
-    def ttft(self) -> float:
-        """Seconds from sending to the first text."""
-        return self.arrivals[0] - self.sent
+    def headers(self) -> dict[str, str]:
+        """Authorization, if there is a key."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
-    @property
-    def tpot(self) -> float | None:
-        """Mean seconds per output token after the first; None with fewer than two."""
-        if self.output_tokens < 2:
-            return None
-        return (self.arrivals[-1] - self.arrivals[0]) / (self.output_tokens - 1)
+    def body(self, item: Item) -> tuple[str, dict[str, Any]]:
+        """Route and JSON body of a greedy, streamed request."""
+        chat = item.chat if self.endpoint == "auto" else self.endpoint == "chat"
+        options: dict[str, Any] = {"include_usage": True}
+        if self.is_vllm:
+            options["continuous_usage_stats"] = True
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": item.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": options,
+        }
+        if item.exact_length and self.is_vllm:
+            body |= {"ignore_eos": True, "min_tokens": body["max_tokens"]}
+        if chat:
+            body["messages"] = [{"role": "user", "content": item.prompt}]
+        else:
+            body["prompt"] = item.prompt
+        return "/v1/chat/completions" if chat else "/v1/completions", body | self.extra
+
+
+def find_target(url: str, model: str | None, **settings: Any) -> Target:
+    """Ask the server for its models.
+
+    Raises:
+        LoadTestError: it is not there, wants a key, or does not serve ``model``.
+
+    """
+    target = Target(url.rstrip("/").removesuffix("/v1"), model or "", **settings)
+    try:
+        response = httpx.get(f"{target.url}/v1/models", headers=target.headers, timeout=10.0)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise LoadTestError(f"no server answers at {url}: {error}", NO_SERVER) from None
+    if response.status_code in (401, 403):
+        raise LoadTestError(
+            f"{url} answers {response.status_code}: it wants another API key "
+            "(OPENAI_API_KEY or --api-key-file)",
+            NO_SERVER,
+        )
+    try:
+        response.raise_for_status()
+        served = {str(m["id"]): m for m in response.json()["data"]}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise LoadTestError(f"{url}/v1/models is not OpenAI's: {error}", NO_SERVER) from None
+    name = model or next(iter(served), "")
+    if name not in served:
+        raise LoadTestError(f"{url} does not serve {name!r}; it serves: {', '.join(served)}")
+    facts = served[name]
+    return Target(
+        target.url,
+        name,
+        is_vllm=facts.get("owned_by") == "vllm",
+        longest=facts.get("max_model_len"),
+        **settings,
+    )
 
 
 class Client:
-    """A server and one of its models.
+    """Sends items to a target.
 
     Args:
-        base_url: e.g. ``http://127.0.0.1:8000``.
-        timeout: seconds a request may take.
+        target: whom to ask.
+        start: monotonic seconds that count as 0 in the records.
 
     """
 
-    def __init__(self, base_url: str, timeout: float = 600.0) -> None:
-        # Long prompts: one connection per stream, no pool that would queue them here.
-        limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout, limits=limits)
-        self._model: str | None = None
+    def __init__(self, target: Target, start: float) -> None:
+        self.target = target
+        self._start = start
+        # One httpx client for every request under way. A shared pool asks all its connections
+        # for each request: with 64 streams that took over a second, seen as time to first token.
+        self._free: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
+        self._tls = ssl.create_default_context()
 
-    async def __aenter__(self) -> Client:
-        return self
+    def _borrow(self) -> httpx.AsyncClient:
+        if self._free:
+            return self._free.pop()
+        target = self.target
+        made = httpx.AsyncClient(
+            base_url=target.url,
+            # compressed events would wait for each other
+            headers={**target.headers, "Accept-Encoding": "identity"},
+            timeout=httpx.Timeout(target.timeout, connect=min(30.0, target.timeout)),
+            verify=self._tls,
+        )
+        self._all.append(made)
+        return made
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+    def prepare(self, connections: int) -> None:
+        """Make clients ahead of the first requests."""
+        made = [self._borrow() for _ in range(connections)]
+        self._free += made
 
-    async def model(self) -> str:
-        """Name of the served model."""
-        if self._model is None:
-            response = await self._http.get("/v1/models")
-            response.raise_for_status()
-            self._model = str(response.json()["data"][0]["id"])
-        return self._model
+    async def close(self) -> None:
+        """Close all connections."""
+        for http in self._all:
+            await http.aclose()
 
-    async def count_tokens(self, text: str) -> int:
-        """Tokens of a text, by the server's tokenizer."""
-        body = {"model": await self.model(), "prompt": text, "add_special_tokens": False}
-        response = await self._http.post("/tokenize", json=body)
-        response.raise_for_status()
-        return int(response.json()["count"])
+    def restart(self, now: float) -> None:
+        """Let it be ``now`` seconds after the start."""
+        self._start = time.monotonic() - now
 
-    async def metrics(self) -> str:
-        """The server's Prometheus text."""
-        response = await self._http.get("/metrics", timeout=10.0)
-        response.raise_for_status()
-        return response.text
+    def now(self) -> float:
+        """Monotonic seconds since the start."""
+        return time.monotonic() - self._start
 
-    async def complete(self, prompt: str, max_tokens: int) -> Answer:
-        """Greedy streamed completion; a failure is an Answer with ``error``, never an exception."""
-        body = {
-            "model": await self.model(),
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        answer = Answer(sent=time.monotonic())
+    async def send(self, item: Item, record: Record) -> None:
+        """Send an item and complete its record. A failure is written there, never raised."""
+        route, body = self.target.body(item)
+        headers = {"Content-Type": "application/json", "X-Request-Id": record.id}
+        http = self._borrow()
+        # all that can be done before the clock starts
+        request = http.build_request(
+            "POST", route, content=json.dumps(body).encode(), headers=headers
+        )
+        record.sent = self.now()
         try:
-            async with self._http.stream("POST", "/v1/completions", json=body) as response:
-                if response.is_error:
-                    await response.aread()
-                    answer.error = f"HTTP {response.status_code}: {response.text[:300]}"
-                    return answer
-                async for line in response.aiter_lines():
-                    _take(line, answer)
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
-            answer.error = f"{type(error).__name__}: {error}"
-        answer.finished = time.monotonic()
-        if answer.error is None and not answer.arrivals:
-            answer.error = "the stream carried no text"
-        return answer
+            response = await http.send(request, stream=True)
+            try:
+                if response.is_success:
+                    await self._read(response, record)
+                else:
+                    text = (await response.aread())[:500].decode(errors="replace")
+                    record.fail(f"http_{response.status_code}", text.strip() or "no body")
+            finally:
+                await response.aclose()
+        except httpx.TimeoutException as error:
+            record.fail("timeout", f"{type(error).__name__} after {self.target.timeout:g} s")
+        except httpx.ConnectError as error:
+            record.fail("connect", str(error))
+        except httpx.HTTPError as error:
+            kind = "stream_cut" if record.events else "connection"
+            record.fail(kind, f"{type(error).__name__}: {error}")
+        finally:
+            record.finished = self.now()
+            self._free.append(http)
+
+    async def _read(self, response: httpx.Response, record: Record) -> None:
+        done = False
+        async for when, data in _events(response, self.now):
+            if data == "[DONE]":
+                done = True
+                continue
+            try:
+                _read_event(json.loads(data), when, record)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                record.fail("invalid_sse", f"{type(error).__name__}: {error} in {data[:200]!r}")
+            if record.error_kind:
+                return
+        if not done:
+            record.fail("stream_cut", "the stream ended without [DONE]")
+        elif record.output_tokens is None:
+            record.fail("no_usage", "the stream has no usage field: tokens cannot be counted")
 
 
-def _take(line: str, answer: Answer) -> None:
-    if not line.startswith("data:") or line.endswith("[DONE]"):
+def new_record(item: Item, scheduled: float) -> Record:
+    """A record of an item that was not sent yet."""
+    digest = hashlib.sha256(item.prompt.encode()).hexdigest()[:12]
+    return Record(item.id, item.task, item.category, digest, dict(item.tags), scheduled=scheduled)
+
+
+async def _events(
+    response: httpx.Response, now: Callable[[], float]
+) -> AsyncIterator[tuple[float, str]]:
+    """Yield time of arrival and data of every server-sent event.
+
+    All events of one read arrived together and share its time.
+    """
+    rest = b""
+    async for part in response.aiter_raw():
+        when = now()
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield when, line[5:].strip().decode(errors="replace")
+    if rest.startswith(b"data:"):
+        yield now(), rest[5:].strip().decode(errors="replace")
+
+
+def _read_event(event: dict[str, Any], when: float, record: Record) -> None:
+    """Put what an event says into the record."""
+    if error := event.get("error"):
+        record.fail("server_error", str(error)[:500])
         return
-    event: dict[str, Any] = json.loads(line.removeprefix("data:"))
-    if "error" in event:
-        answer.error = str(event["error"])
-        return
-    for choice in event["choices"]:
-        if choice["text"]:
-            answer.text += choice["text"]
-            answer.arrivals.append(time.monotonic())
-    if usage := event.get("usage"):
-        answer.prompt_tokens = usage["prompt_tokens"]
-        answer.output_tokens = usage["completion_tokens"]
+    brought = False
+    for choice in event.get("choices", ()):
+        delta = choice.get("delta") or {}
+        text = choice.get("text") or delta.get("content") or delta.get("reasoning_content")
+        if text:
+            record.answer += text
+        brought = brought or bool(text or delta.get("tool_calls"))
+        record.finish_reason = choice.get("finish_reason") or record.finish_reason
+    usage = event.get("usage")
+    if usage:
+        new = int(usage["completion_tokens"]) - (record.output_tokens or 0)
+        # vLLM counts in every event; a token may bring no text yet (half a character)
+        brought = brought or (new > 0 and bool(event.get("choices")))
+        record.usage = usage
+        record.prompt_tokens = int(usage["prompt_tokens"])
+        record.output_tokens = int(usage["completion_tokens"])
+        details = usage.get("prompt_tokens_details") or {}
+        record.cached_tokens = details.get("cached_tokens")
+        if event.get("choices") and brought:
+            record.event_tokens.append(new)
+    if brought:
+        record.events.append(when)

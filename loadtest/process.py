@@ -37,12 +37,14 @@ class Server:
     Attributes:
         url: where.
         log: its output.
+        pid: of its first process.
         start_seconds: from launch to the first answer on /health.
 
     """
 
     url: str
     log: Path
+    pid: int
     start_seconds: float
 
 
@@ -84,7 +86,7 @@ def running_server(
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(process, url, log, begin, timeout, on_wait)
-        yield Server(url, log, time.monotonic() - begin)
+        yield Server(url, log, process.pid, time.monotonic() - begin)
     finally:
         _stop(process)
 

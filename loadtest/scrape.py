@@ -1,64 +1,182 @@
-"""Reading a server's Prometheus metrics on an interval. A failed scrape is a gap, never a 0."""
+"""Reading Prometheus text endpoints on an interval. A failed scrape is a gap, never a 0."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+import csv
+import json
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+from loadtest.errors import CANNOT_WRITE, LoadTestError
 
-    from loadtest.client import Client
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 KV_USE = "vllm:kv_cache_usage_perc"
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
 PREEMPTIONS = "vllm:num_preemptions_total"
+PROMPT_TOKENS = "vllm:prompt_tokens_total"
+OUTPUT_TOKENS = "vllm:generation_tokens_total"
+SUCCESSES = "vllm:request_success_total"
+PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
+PREFIX_HITS = "vllm:prefix_cache_hits_total"
+CACHE_CONFIG = "vllm:cache_config_info"
+RSS = "process_tree_resident_memory_bytes"
+CPU = "process_tree_cpu_seconds_total"
+USUAL = "|".join(
+    (KV_USE, RUNNING, WAITING, PREEMPTIONS, PROMPT_TOKENS, OUTPUT_TOKENS, SUCCESSES,
+     PREFIX_QUERIES, PREFIX_HITS, CACHE_CONFIG, "kvthrift_.*")
+)  # fmt: skip
 
 
-def sample(text: str, name: str) -> float | None:
-    """Sum of a metric over its labels; None if the text does not hold it."""
-    found = [
-        s.value for f in text_string_to_metric_families(text) for s in f.samples if s.name == name
+@dataclass(frozen=True)
+class Sample:
+    """One value.
+
+    Attributes:
+        time: seconds since the start of the run.
+        source: URL it was read from, or ``pid N``.
+        name, labels, value: as the endpoint said.
+
+    """
+
+    time: float
+    source: str
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def parse_metrics(text: str, names: str, when: float, source: str) -> list[Sample]:
+    """Samples of the metrics whose whole name matches a regular expression."""
+    # Cut down first: vLLM's text is long, histograms above all, and parsing it takes long enough
+    # to be seen in the token times of a client that shares the processor.
+    wanted = re.compile(rf"({names})[ {{]")
+    kept = "\n".join(line for line in text.splitlines() if wanted.match(line))
+    return [
+        Sample(when, source, s.name, s.labels, s.value)
+        for family in text_string_to_metric_families(kept + "\n")
+        for s in family.samples
     ]
+
+
+def total(samples: list[Sample], name: str) -> float | None:
+    """Sum over labels and sources; None if there is no such sample."""
+    found = [s.value for s in samples if s.name == name]
     return sum(found) if found else None
 
 
-def labels(text: str, name: str) -> Mapping[str, str]:
-    """Labels of the first sample of an info metric.
+class Scraper:
+    """Reads endpoints, and a process tree, into samples.
 
-    Raises:
-        KeyError: the text does not hold it.
+    Args:
+        urls: metrics endpoints.
+        now: seconds since the start of the run.
+        names: regular expression of wanted names.
+        pid: process whose tree's memory and CPU are read too.
+        headers: sent with each request.
 
     """
-    for family in text_string_to_metric_families(text):
-        for item in family.samples:
-            if item.name == name:
-                return dict(item.labels)
-    raise KeyError(name)
 
+    def __init__(
+        self,
+        urls: list[str],
+        now: Callable[[], float] = time.monotonic,
+        names: str = USUAL,
+        pid: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._urls = urls
+        self._now = now
+        self._names = names
+        self._pid = pid
+        self._http = httpx.AsyncClient(timeout=5.0, headers=headers)
+        self.samples: list[Sample] = []
+        self.failed = 0
 
-@asynccontextmanager
-async def watch_peak(
-    client: Client, name: str, interval: float = 0.25
-) -> AsyncIterator[list[float]]:
-    """Collect a gauge while the block runs; the list holds what could be read."""
-    seen: list[float] = []
+    async def once(self) -> list[Sample]:
+        """Read everything once; what cannot be read is counted in ``failed``."""
+        found: list[Sample] = []
+        for url in self._urls:
+            try:
+                response = await self._http.get(url)
+                response.raise_for_status()
+                found += parse_metrics(response.text, self._names, self._now(), url)
+            except (httpx.HTTPError, ValueError):
+                self.failed += 1
+        found += self._process()
+        self.samples += found
+        return found
 
-    async def loop() -> None:
+    def _process(self) -> Iterator[Sample]:
+        if self._pid is None:
+            return
+        try:
+            root = psutil.Process(self._pid)
+            tree = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            self.failed += 1
+            return
+        memory = cpu = 0.0
+        for process in tree:
+            with suppress(psutil.NoSuchProcess), process.oneshot():
+                memory += process.memory_info().rss
+                times = process.cpu_times()
+                cpu += times.user + times.system
+        when, source = self._now(), f"pid {self._pid}"
+        yield Sample(when, source, RSS, {}, memory)
+        yield Sample(when, source, CPU, {}, cpu)
+
+    async def watch(self, interval: float) -> None:
+        """Read every ``interval`` seconds until cancelled."""
         while True:
-            with suppress(httpx.HTTPError):
-                value = sample(await client.metrics(), name)
-                if value is not None:
-                    seen.append(value)
-            await asyncio.sleep(interval)
+            begin = time.monotonic()
+            await self.once()
+            await asyncio.sleep(max(0.05, interval - (time.monotonic() - begin)))
 
-    task = asyncio.create_task(loop())
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+
+HEADER = ("time", "source", "name", "labels", "value")
+
+
+def write_samples(samples: list[Sample], path: Path) -> None:
+    """Write ``metrics.csv``: time, source, name, labels as JSON, value.
+
+    Raises:
+        LoadTestError: it cannot be written.
+
+    """
     try:
-        yield seen
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(HEADER)
+            for s in samples:
+                labels = json.dumps(s.labels, sort_keys=True)
+                writer.writerow((f"{s.time:.4f}", s.source, s.name, labels, repr(s.value)))
+    except OSError as error:
+        raise LoadTestError(f"cannot write {path}: {error.strerror}", CANNOT_WRITE) from None
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read ``metrics.csv`` back; nothing if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        Sample(float(r["time"]), r["source"], r["name"], json.loads(r["labels"]), float(r["value"]))
+        for r in rows
+    ]

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.parameters import parameters
-from cache_policies.policy import parse
-from cache_policies.retention import Retention, retention_methods
-from cache_policies.retrieval import RETRIEVAL, Retrieval
-from server.capacity import ModelShape, capacity
+from loadtest import cli as loadtest_cli
+from loadtest.errors import LoadTestError
 from server.models import MODELS, ModelError, get_model, model_path
+
+if TYPE_CHECKING:
+    from server.capacity import ModelShape
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 model_app = typer.Typer(no_args_is_help=True, help="Small models that come from PyPI.")
 app.add_typer(model_app, name="model")
+loadtest_cli.register(app)
 console = Console()
 errors = Console(stderr=True)
 
@@ -35,9 +35,9 @@ def main() -> None:
     """Entry point; errors a user can mend are one line and exit status 2."""
     try:
         app()
-    except (PolicyError, ModelError) as error:
-        errors.print(f"[red]kvthrift: {error}[/red]", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+    except (PolicyError, ModelError, LoadTestError) as error:
+        errors.print(f"[red]kvthrift: {escape(str(error))}[/red]", highlight=False, soft_wrap=True)
+        raise SystemExit(getattr(error, "status", 2)) from None
 
 
 @app.command(context_settings=EVERYTHING, add_help_option=False)
@@ -56,6 +56,12 @@ def policies(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """List the policies: what each keeps and loses, its size and capacity."""
+    # These import torch, which the other commands need not wait for.
+    from cache_policies.codecs import CODECS
+    from cache_policies.parameters import parameters
+    from cache_policies.policy import parse
+    from server.capacity import capacity
+
     shape = _shape(model, dtype)
     size = _bytes(memory)
     table = Table(title=f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens")
@@ -84,6 +90,9 @@ def policies(
 
 
 def _methods() -> Table:
+    from cache_policies.retention import Retention, retention_methods
+    from cache_policies.retrieval import RETRIEVAL, Retrieval
+
     table = Table(title="with any codec, as METHOD+CODEC; a request may choose METHOD for itself")
     for heading in ("method", "parameters", "keeps", "loses", "prefill"):
         table.add_column(heading, overflow="fold")
@@ -119,6 +128,10 @@ def path(name: str) -> None:
 
 
 def _shape(model: str, dtype: str) -> ModelShape:
+    import torch
+
+    from server.capacity import ModelShape
+
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise PolicyError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")

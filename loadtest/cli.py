@@ -1,0 +1,325 @@
+"""The commands ``kvthrift loadtest``, ``compare`` and ``report``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from loadtest import display
+from loadtest.arrivals import ARRIVALS, parse_arrivals
+from loadtest.client import ENDPOINTS, Target, find_target
+from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.goodput import Goals, highest_rate
+from loadtest.scrape import USUAL
+from loadtest.session import Settings, build_items, measure
+from loadtest.workloads import WORKLOADS, parse_workload
+
+if TYPE_CHECKING:
+    from loadtest.summary import Summary
+
+console = Console()
+
+WorkloadText = Annotated[
+    str,
+    typer.Option(
+        "--workload", "-w", help=f"what to send: {', '.join(WORKLOADS)}, as name(key=value,...)"
+    ),
+]
+ArrivalsText = Annotated[
+    list[str],
+    typer.Option(
+        "--arrivals", "-a", help=f"when: {', '.join(ARRIVALS)}; several for several loads"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="fixes prompts and schedule")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder for the results")]
+Warmup = Annotated[int, typer.Option(min=0, help="requests before the measured ones")]
+ErrorRate = Annotated[
+    float, typer.Option(min=0, max=1, help="stop when more than this share of requests failed")
+]
+GoodputText = Annotated[str | None, typer.Option("--goodput", help="goals, e.g. ttft:2s,tpot:80ms")]
+Interval = Annotated[float, typer.Option(min=0.05, help="seconds between scrapes")]
+DEFAULT_WORKLOAD = "passkey"
+DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``kvthrift``."""
+    app.command()(loadtest)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        compare
+    )
+    app.command()(report)
+
+
+def loadtest(
+    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server")],
+    workload: WorkloadText = DEFAULT_WORKLOAD,
+    arrivals: ArrivalsText = DEFAULT_ARRIVALS,
+    seed: Seed = 0,
+    out: Out = Path("loadtest-results"),
+    model: Annotated[str | None, typer.Option(help="served model (default: the first)")] = None,
+    endpoint: Annotated[
+        str, typer.Option(help="completions, chat, or auto: what the workload asks for")
+    ] = "auto",
+    cache_policy: Annotated[
+        str | None, typer.Option(help="sent with each request, for servers of kvthrift")
+    ] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON added to each request")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="server, approximate, or a folder or hub name")
+    ] = "server",
+    label: Annotated[str | None, typer.Option(help="name of the row")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="most requests under way at a time")
+    ] = None,
+    goodput: GoodputText = None,
+    search: Annotated[
+        str | None, typer.Option(help="LOW-HIGH: find the highest rate that meets --goodput")
+    ] = None,
+    attainment: Annotated[
+        float, typer.Option(min=0, max=1, help="share of requests that must meet the goals")
+    ] = 0.95,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds a request may take")] = 600.0,
+    warmup: Warmup = 2,
+    warm_cache: Annotated[
+        bool, typer.Option(help="let vLLM find prompts of earlier runs in its prefix cache")
+    ] = False,
+    max_error_rate: ErrorRate = 0.5,
+    metrics: Annotated[
+        list[str] | None, typer.Option(help="Prometheus endpoints (default: URL/metrics)")
+    ] = None,
+    metric_names: Annotated[
+        str | None, typer.Option(help="regular expression of further metrics to keep")
+    ] = None,
+    interval: Interval = 1.0,
+    pid: Annotated[int | None, typer.Option(help="server process whose memory is read too")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="keep what an interrupted run in --out finished")
+    ] = False,
+) -> None:
+    """Replay a workload against a server, score the answers, read its metrics, write a report."""
+    if endpoint not in ENDPOINTS:
+        raise LoadTestError(f"--endpoint {endpoint!r}: allowed: {', '.join(ENDPOINTS)}")
+    settings = Settings(
+        workload=parse_workload(workload),
+        arrivals=parse_arrivals(arrivals[0]),
+        label=label or cache_policy or "run",
+        policy=cache_policy,
+        seed=seed,
+        tokenizer=tokenizer,
+        max_concurrency=max_concurrency,
+        warmup=warmup,
+        max_error_rate=max_error_rate,
+        goals=Goals.parse(goodput) if goodput else None,
+        metrics=tuple(metrics) if metrics else None,
+        metric_names=f"{USUAL}|{_pattern(metric_names)}" if metric_names else USUAL,
+        interval=interval,
+        pid=pid,
+        resume=resume,
+    )
+    extra = _extra(extra_body, cache_policy)
+    target = find_target(
+        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra, timeout=timeout
+    )
+    _make_folder(out)
+    if search:
+        _search(settings, target, search, attainment, out, warm_cache=warm_cache)
+        return
+    loads = [parse_arrivals(text) for text in arrivals]
+    done: list[Summary] = []
+    status = 0
+    for load in loads:
+        folder = out if len(loads) == 1 else out / safe_name(str(load))
+        folder.mkdir(parents=True, exist_ok=True)
+        one = replace(settings, arrivals=load)
+        summary, code = run_once(one, target, folder, warm_cache=warm_cache)
+        done.append(summary)
+        status = status or code
+        if summary.stopped:
+            break
+    finish([out], out, done)
+    raise typer.Exit(status)
+
+
+def run_once(
+    settings: Settings, target: Target, folder: Path, *, warm_cache: bool = False
+) -> tuple[Summary, int]:
+    """Measure once, with a live line, into a folder."""
+    salt = None if warm_cache else secrets.token_hex(8)
+    with console.status("making prompts"):
+        items = build_items(settings, target)
+    with display.live(console, settings.label) as watch:
+        settings = replace(settings, watch=watch, salt=salt)
+        return asyncio.run(measure(settings, target, items, folder))
+
+
+def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
+    """Print the table and what is wrong, write the report."""
+    from loadtest.report import read_runs, write_report
+
+    setup = summaries[0].setup
+    console.print(display.table(summaries, f"{setup.model}, {setup.workload}"))
+    for summary in summaries:
+        for problem in display.problems(summary):
+            text = escape(f"{summary.setup.label}: {problem}")
+            console.print(f"[yellow]{text}[/yellow]", highlight=False, soft_wrap=True)
+    page = write_report(read_runs(folders), out)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def _search(
+    settings: Settings, target: Target, text: str, wanted: float, out: Path, *, warm_cache: bool
+) -> None:
+    """Runs at rates until the highest that meets the goals is known."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", text)
+    if not match or not 0 < float(match[1]) < float(match[2]):
+        raise LoadTestError(f"--search {text!r}: write LOW-HIGH in requests per second, e.g. 0.1-4")
+    if settings.goals is None:
+        raise LoadTestError("--search needs --goodput")
+    if "rate" not in type(settings.arrivals).model_fields:
+        raise LoadTestError("--search needs --arrivals poisson, constant or gamma")
+    trials: list[tuple[float, Summary]] = []
+
+    def attained(rate: float) -> float:
+        # other prompts each time: known ones would be found in a prefix cache
+        one = replace(
+            settings,
+            arrivals=settings.arrivals.model_copy(update={"rate": rate}),
+            seed=settings.seed + len(trials),
+            label=f"{settings.label} {rate:.3g}/s",
+        )
+        folder = out / f"rate-{rate:.3g}"
+        folder.mkdir(parents=True, exist_ok=True)
+        summary, _ = run_once(one, target, folder, warm_cache=warm_cache)
+        trials.append((rate, summary))
+        assert summary.goodput is not None
+        return summary.goodput.share
+
+    best = highest_rate(attained, float(match[1]), float(match[2]), wanted)
+    found = {
+        "goals": settings.goals.limits,
+        "attainment": wanted,
+        "highest_rate": best,
+        "trials": [{"rate": r, "share": s.goodput.share if s.goodput else None} for r, s in trials],
+    }
+    (out / "search.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    finish([out], out, [s for _, s in sorted(trials, key=lambda t: t[0])])
+    if best is None:
+        console.print(f"not even {match[1]} requests/s meets the goals")
+        raise typer.Exit(1)
+    console.print(f"highest rate that meets the goals: {best:.3g} requests/s")
+
+
+def compare(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="model to serve, as for kvthrift serve")],
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="cache policy; one row each")
+    ] = None,
+    stock: Annotated[bool, typer.Option(help="add vLLM's own cache as the first row")] = False,
+    workload: WorkloadText = DEFAULT_WORKLOAD,
+    arrivals: ArrivalsText = DEFAULT_ARRIVALS,
+    seed: Seed = 0,
+    out: Out = Path("compare-results"),
+    memory: Annotated[str, typer.Option(help="cache memory of each server")] = "256M",
+    goodput: GoodputText = None,
+    warmup: Warmup = 2,
+    max_error_rate: ErrorRate = 0.5,
+    interval: Interval = 0.5,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds a request may take")] = 600.0,
+) -> None:
+    """Serve MODEL under each policy in turn, run the same workload on each, compare.
+
+    Policies that differ only in their method share a server. Further options go to the server
+    (--max-model-len 4096 ...). Runs that are already whole in --out are kept.
+    """
+    from loadtest.compare import Comparison, run_comparison
+
+    comparison = Comparison.of(
+        model=model,
+        policies=list(policy or ()),
+        stock=stock,
+        memory=memory,
+        flags=list(context.args),
+        settings=Settings(
+            workload=parse_workload(workload),
+            arrivals=parse_arrivals(arrivals[0]),
+            seed=seed,
+            warmup=warmup,
+            max_error_rate=max_error_rate,
+            goals=Goals.parse(goodput) if goodput else None,
+            interval=interval,
+        ),
+        arrivals=[parse_arrivals(text) for text in arrivals],
+        timeout=timeout,
+    )
+    _make_folder(out)
+    raise typer.Exit(run_comparison(comparison, out))
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs, or folders of those")],
+    out: Out = Path(),
+    title: Annotated[str, typer.Option(help="heading of the page")] = "kvthrift load test",
+) -> None:
+    """Write report.html and its pictures again, from any number of runs."""
+    from loadtest.report import read_runs, write_report
+
+    runs = read_runs(folders)
+    console.print(display.table([run.summary for run in runs], title))
+    console.print(f"report: {write_report(runs, out, title)}", soft_wrap=True, highlight=False)
+
+
+def safe_name(text: str) -> str:
+    """A folder name that says what a run was."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoadTestError(f"cannot write {folder}: {error.strerror}", CANNOT_WRITE) from None
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise LoadTestError(f"--metric-names {text!r}: {error}") from None
+    return text
+
+
+def _extra(text: str | None, policy: str | None) -> dict[str, Any]:
+    try:
+        extra = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise LoadTestError(f"--extra-body is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise LoadTestError("--extra-body is not a JSON object")
+    if policy:
+        extra["vllm_xargs"] = {**extra.get("vllm_xargs", {}), "cache_policy": policy}
+    return extra
+
+
+def _api_key(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("OPENAI_API_KEY")
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise LoadTestError(f"--api-key-file {file}: {error.strerror}") from None

@@ -1,0 +1,232 @@
+"""The same workload under several policies, a server each where one is not enough."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cache_policies.errors import PolicyError
+from cache_policies.policy import Policy, parse
+from loadtest.cli import finish, run_once, safe_name
+from loadtest.client import find_target
+from loadtest.errors import SOME_FAILED, LoadTestError
+from loadtest.process import ServerError, running_server
+from loadtest.session import SUMMARY, Settings, complete
+from loadtest.summary import Summary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loadtest.arrivals import Arrivals
+    from loadtest.process import Server
+
+console = Console()
+STOCK = "stock vLLM"
+PLAN = "comparison.json"
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: a server's policy and what its requests ask for.
+
+    Attributes:
+        label: the policy as a user writes it, or ``stock vLLM``.
+        server: the server's policy, a codec; None: vLLM's own cache.
+        method: what each request asks for; None on a server without policy.
+
+    """
+
+    label: str
+    server: str | None
+    method: str | None
+
+    @classmethod
+    def of(cls, text: str) -> Variant:
+        """A row from a policy string.
+
+        Raises:
+            PolicyError: not a policy.
+
+        """
+        policy = parse(text)
+        codec = Policy(policy.codec, policy.codec_name)
+        return cls(str(policy), str(codec), str(policy.method))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    model: str
+    variants: tuple[Variant, ...]
+    memory: int
+    flags: tuple[str, ...]
+    settings: Settings
+    arrivals: tuple[Arrivals, ...]
+    timeout: float
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        model: str,
+        policies: list[str],
+        stock: bool,
+        memory: str,
+        flags: list[str],
+        settings: Settings,
+        arrivals: list[Arrivals],
+        timeout: float,
+    ) -> Comparison:
+        """Check everything before a server is started.
+
+        Raises:
+            LoadTestError: nothing to compare, a bad policy or memory.
+
+        """
+        number, unit = memory[:-1], memory[-1:].upper()
+        if unit not in UNITS or not number.isdigit():
+            raise LoadTestError(f"--memory {memory!r}: a whole number followed by K, M or G")
+        try:
+            rows = [Variant.of(text) for text in policies]
+        except PolicyError as error:
+            raise LoadTestError(str(error)) from None
+        if stock:
+            rows.insert(0, Variant(STOCK, None, None))
+        if not rows:
+            raise LoadTestError("nothing to compare: give --policy, or --stock")
+        variants = tuple(dict.fromkeys(rows))
+        bytes_ = int(number) * UNITS[unit]
+        return cls(model, variants, bytes_, tuple(flags), settings, tuple(arrivals), timeout)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What must be the same for runs to be comparable."""
+        return {
+            "model": self.model,
+            "memory_bytes": self.memory,
+            "flags": list(self.flags),
+            "workload": str(self.settings.workload),
+            "seed": self.settings.seed,
+        }
+
+    def servers(self) -> dict[str | None, list[Variant]]:
+        """Rows by the server they need."""
+        grouped: dict[str | None, list[Variant]] = {}
+        for variant in self.variants:
+            grouped.setdefault(variant.server, []).append(variant)
+        return grouped
+
+    def folder(self, out: Path, variant: Variant, arrivals: Arrivals) -> Path:
+        """Where a run is kept."""
+        name = safe_name(variant.label)
+        return out / (name if len(self.arrivals) == 1 else f"{name}@{safe_name(str(arrivals))}")
+
+    def arguments(self, policy: str | None) -> list[str]:
+        """What follows ``kvthrift serve``."""
+        chosen = ["--cache-policy", policy] if policy else []
+        memory = ["--kv-cache-memory-bytes", str(self.memory)]
+        return [self.model, *chosen, *memory, "--disable-uvicorn-access-log", *self.flags]
+
+
+def run_comparison(comparison: Comparison, out: Path) -> int:
+    """Run what is not there yet, print the table, write the report; gives the exit status.
+
+    Raises:
+        LoadTestError: ``out`` holds runs of another comparison.
+
+    """
+    _check_plan(comparison, out)
+    # A terminated run must stop its server too: SystemExit unwinds the context managers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    status = 0
+    for policy, variants in comparison.servers().items():
+        work = [
+            (variant, arrivals, comparison.folder(out, variant, arrivals))
+            for arrivals in comparison.arrivals
+            for variant in variants
+        ]
+        missing = [w for w in work if not complete(w[2], str(w[1]))]
+        for variant, arrivals, _ in work:
+            if (variant, arrivals) not in [(v, a) for v, a, _ in missing]:
+                console.print(f"{variant.label}, {arrivals}: kept from before", highlight=False)
+        if not missing:
+            continue
+        try:
+            code = _serve(comparison, policy, missing, out)
+        except ServerError as error:
+            console.print(f"[red]{policy or STOCK}: {error}[/red]", highlight=False)
+            code = SOME_FAILED
+        status = status or code
+        if code > SOME_FAILED:
+            break
+    folders = [
+        comparison.folder(out, v, a) for v in comparison.variants for a in comparison.arrivals
+    ]
+    done = [f for f in folders if (f / SUMMARY).exists()]
+    if not done:
+        raise LoadTestError("no run was finished", status or SOME_FAILED)
+    read = [(f / SUMMARY).read_text(encoding="utf-8") for f in done]
+    finish(done, out, [Summary.model_validate_json(text) for text in read])
+    return status or (SOME_FAILED if len(done) < len(folders) else 0)
+
+
+def _check_plan(comparison: Comparison, out: Path) -> None:
+    path = out / PLAN
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known != comparison.plan:
+            differing = [k for k, v in comparison.plan.items() if known.get(k) != v]
+            raise LoadTestError(
+                f"{out} holds runs with another {', '.join(differing)}; use another --out"
+            )
+    path.write_text(json.dumps(comparison.plan, indent=2) + "\n", encoding="utf-8")
+
+
+def _serve(
+    comparison: Comparison,
+    policy: str | None,
+    work: list[tuple[Variant, Arrivals, Path]],
+    out: Path,
+) -> int:
+    """Start a server, do its runs, stop it."""
+    name = policy or STOCK
+    log = out / f"server-{safe_name(name)}.log"
+    status = 0
+    with console.status(f"{name}: starting the server") as note:
+
+        def waiting(seconds: float) -> None:
+            note.update(f"{name}: starting the server, {seconds:.0f} s")
+
+        with running_server(comparison.arguments(policy), log, on_wait=waiting) as server:
+            note.stop()
+            for variant, arrivals, folder in work:
+                status = status or _run(comparison, variant, arrivals, folder, server)
+                if status > SOME_FAILED:
+                    break
+    return status
+
+
+def _run(
+    comparison: Comparison, variant: Variant, arrivals: Arrivals, folder: Path, server: Server
+) -> int:
+    method = {"vllm_xargs": {"cache_policy": variant.method}} if variant.method else {}
+    target = find_target(server.url, None, extra=method, timeout=comparison.timeout)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = replace(
+        comparison.settings,
+        arrivals=arrivals,
+        label=variant.label,
+        policy=variant.label,
+        pid=server.pid,
+    )
+    summary, status = run_once(settings, target, folder)
+    if summary.stopped:
+        console.print(f"[yellow]{variant.label}: {summary.stopped}[/yellow]", highlight=False)
+    return status

@@ -1,0 +1,151 @@
+"""What is written down of each request: raw times, from which everything else is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.workloads.jsonl import read_jsonl
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OK = "ok"
+ERROR = "error"
+CANCELLED = "cancelled"
+
+
+@dataclass
+class Record:
+    """One request. Times are monotonic seconds since the start of the run.
+
+    Attributes:
+        id, task, category, tags: of the workload's item.
+        prompt_hash: sha256 of the prompt, twelve digits.
+        scheduled: when it was due; in a closed loop, when its client became free.
+        sent: when it was sent.
+        events: times at which the stream brought tokens.
+        event_tokens: tokens of each event, where the server says so (vLLM does).
+        finished: when the stream ended.
+        prompt_tokens, output_tokens: the server's counts.
+        cached_tokens: prompt tokens from the prefix cache, where the server says so.
+        usage: the server's whole usage field.
+        status: ``ok``, ``error`` or ``cancelled``.
+        error_kind: e.g. ``http_429``, ``connect``, ``timeout``, ``stream_cut``, ``invalid_sse``.
+        error: the message.
+        finish_reason: the server's.
+        answer: what was generated.
+        score: by the item's metric.
+        partial: partial key score, for passkeys.
+
+    """
+
+    id: str
+    task: str
+    category: str
+    prompt_hash: str
+    tags: dict[str, float | str] = field(default_factory=dict)
+    scheduled: float = 0.0
+    sent: float = 0.0
+    events: list[float] = field(default_factory=list)
+    event_tokens: list[int] = field(default_factory=list)
+    finished: float = 0.0
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    usage: dict[str, Any] | None = None
+    status: str = OK
+    error_kind: str | None = None
+    error: str | None = None
+    finish_reason: str | None = None
+    answer: str = ""
+    score: float | None = None
+    partial: float | None = None
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from sending to the first token."""
+        return self.events[0] - self.sent
+
+    @property
+    def scheduled_ttft(self) -> float:
+        """Seconds from when it was due to the first token: waiting on the client's side counts."""
+        return self.events[0] - self.scheduled
+
+    @property
+    def e2e(self) -> float:
+        """Seconds from sending to the last token."""
+        return self.events[-1] - self.sent
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean seconds per output token after the first; None with fewer than two tokens."""
+        later = (self.output_tokens or 0) - (self.event_tokens[0] if self.event_tokens else 1)
+        return (self.events[-1] - self.events[0]) / later if later > 0 else None
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between events that brought tokens."""
+        return [b - a for a, b in pairwise(self.events)]
+
+    def fail(self, kind: str, message: str) -> None:
+        """Mark as failed; what came before the failure stays."""
+        self.status, self.error_kind, self.error = ERROR, kind, message
+
+
+class RecordFile:
+    """``requests.jsonl``: a line per finished request, written at once.
+
+    Raises:
+        LoadTestError: it cannot be written, e.g. the disk is full.
+
+    """
+
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        self._path = path
+        try:
+            self._file = path.open("a" if append else "w", encoding="utf-8")
+        except OSError as error:
+            raise self._broken(error) from None
+
+    def _broken(self, error: OSError) -> LoadTestError:
+        return LoadTestError(f"cannot write {self._path}: {error.strerror}", CANNOT_WRITE)
+
+    def write(self, record: Record) -> None:
+        """Add a record."""
+        try:
+            self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._broken(error) from None
+
+    def close(self) -> None:
+        """Close the file; what could not be written was reported when it was tried."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._broken(error) from None
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read ``requests.jsonl`` back. A last line cut short, by a crash, is left out.
+
+    Raises:
+        LoadTestError: another line is broken; names file and line.
+
+    """
+    known = {f.name for f in fields(Record)}
+    complete = path.read_bytes().count(b"\n")
+    found = []
+    try:
+        for number, row in read_jsonl(path):
+            if not set(row) <= known or not {"id", "task", "category", "prompt_hash"} <= set(row):
+                raise LoadTestError(f"{path}:{number}: not a record of this version")
+            found.append(Record(**row))
+    except LoadTestError:
+        if len(found) < complete:
+            raise
+    return found

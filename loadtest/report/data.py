@@ -1,0 +1,77 @@
+"""Run folders, read back for a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from loadtest.errors import LoadTestError
+from loadtest.records import read_records
+from loadtest.scrape import read_samples
+from loadtest.session import METRICS_CSV, REQUESTS, SUMMARY
+from loadtest.summary import Summary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loadtest.records import Record
+    from loadtest.scrape import Sample
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    summary: Summary
+    records: list[Record]
+    samples: list[Sample]
+
+    @property
+    def label(self) -> str:
+        """Name of the row: runs of one label differ in their arrivals."""
+        return self.summary.setup.label
+
+    @property
+    def load(self) -> float | None:
+        """Concurrency of a closed loop, or requests per second offered by an open one."""
+        return self.summary.setup.concurrency or self.summary.setup.rate
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, and the run folders inside other folders, in the order given.
+
+    Raises:
+        LoadTestError: no run in a folder, or a summary of another version.
+
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        found = [folder] if (folder / SUMMARY).exists() else []
+        found += sorted(p.parent for p in folder.glob(f"*/{SUMMARY}"))
+        if not found:
+            raise LoadTestError(f"{folder}: no {SUMMARY} in it or in a folder inside it")
+        runs += [_read(path) for path in found]
+    return runs
+
+
+def _read(folder: Path) -> Run:
+    path = folder / SUMMARY
+    try:
+        summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise LoadTestError(f"{path}: not a summary of this version: {error}") from None
+    records = read_records(folder / REQUESTS) if (folder / REQUESTS).exists() else []
+    return Run(summary, records, read_samples(folder / METRICS_CSV))
+
+
+def one_per_label(runs: Sequence[Run]) -> list[Run]:
+    """Of each label the run with the highest load: what fills the memory most."""
+    best: dict[str, Run] = {}
+    for run in runs:
+        known = best.get(run.label)
+        if known is None or (run.load or 0) > (known.load or 0):
+            best[run.label] = run
+    return list(best.values())

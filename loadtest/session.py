@@ -1,0 +1,274 @@
+"""One measured run: build the workload, warm up, send, scrape, write the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from loadtest.arrivals import Schedule
+from loadtest.client import Client, Target, new_record
+from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
+from loadtest.quality import METRICS, score
+from loadtest.records import OK, Record, RecordFile, read_records
+from loadtest.runner import Runner
+from loadtest.scrape import KV_USE, RUNNING, USUAL, Scraper, read_samples, total, write_samples
+from loadtest.server_side import check_counters
+from loadtest.summary import Setup, Summary, summarize
+from loadtest.tokens import ApproximateTokenizer, LocalTokenizer, ServerTokenizer, Tokenizer
+from loadtest.workloads import Item, Workload, hash_items
+from loadtest.workloads.text import fill, sentences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from loadtest.arrivals import Arrivals
+    from loadtest.goodput import Goals
+    from loadtest.runner import Progress
+    from loadtest.scrape import Sample
+
+REQUESTS, METRICS_CSV, SUMMARY = "requests.jsonl", "metrics.csv", "summary.json"
+WARMUP_TOKENS = 256
+IDLE_SECONDS = 10.0  # longest wait for the server to become idle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run; see the options of ``kvthrift loadtest``."""
+
+    workload: Workload
+    arrivals: Arrivals
+    label: str = "run"
+    policy: str | None = None
+    seed: int = 0
+    tokenizer: str = "server"
+    max_concurrency: int | None = None
+    warmup: int = 2
+    max_error_rate: float = 0.5
+    goals: Goals | None = None
+    metrics: tuple[str, ...] | None = None
+    metric_names: str = USUAL
+    interval: float = 1.0
+    pid: int | None = None
+    resume: bool = False
+    salt: str | None = None
+    watch: Callable[[Progress, float | None], None] = field(default=lambda *_: None)
+
+
+def choose_tokenizer(name: str, target: Target) -> Tokenizer:
+    """``server``, ``approximate``, or a folder or hub name for transformers."""
+    if name == "approximate":
+        return ApproximateTokenizer()
+    if name != "server":
+        return LocalTokenizer(name)
+    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0)
+    return ServerTokenizer(http, target.model)
+
+
+def build_items(settings: Settings, target: Target) -> list[Item]:
+    """The workload's items, made with the tokenizer that was asked for."""
+    tokenizer = choose_tokenizer(settings.tokenizer, target)
+    items = settings.workload.items(tokenizer, settings.seed, target.longest)
+    if not items:
+        raise LoadTestError(f"workload {settings.workload} has no requests")
+    return items
+
+
+async def measure(
+    settings: Settings, target: Target, items: Sequence[Item], folder: Path
+) -> tuple[Summary, int]:
+    """Run, write the folder, and give the summary and the exit status.
+
+    Raises:
+        LoadTestError: nothing could be written, or ``--resume`` met another workload.
+
+    """
+    schedule = Schedule.draw(
+        settings.arrivals, [i.at for i in items], settings.seed, settings.max_concurrency
+    )
+    setup = describe(settings, target, hash_items(items), schedule)
+    kept = _kept(settings, folder, items)
+    before = read_samples(folder / METRICS_CSV) if kept else []
+    # a resumed run goes on where the clock of the first part stopped
+    offset = max((r.finished for r in kept), default=0.0)
+    left = [i for i in items if i.id not in {r.id for r in kept}]
+    file = RecordFile(folder / REQUESTS)
+    for record in kept:
+        file.write(record)
+    await _warm_up(settings, target)
+    client = Client(_salted(target, settings), time.monotonic())
+    urls = [f"{target.url}/metrics"] if settings.metrics is None else list(settings.metrics)
+    scraper = Scraper(urls, client.now, settings.metric_names, settings.pid, target.headers)
+    runner = Runner(
+        client, left, _later(schedule, items, left, offset), file, finish, settings.max_error_rate
+    )
+    try:
+        await _idle(scraper)
+        scraper.samples[:] = [replace(s, time=offset) for s in await scraper.once()]
+        client.prepare(min(len(left), schedule.concurrency or 16))
+        client.restart(offset)
+        outcome = await _watched(runner, scraper, settings)
+    finally:
+        await client.close()
+        await scraper.close()
+    try:
+        file.close()
+    except LoadTestError as error:
+        runner.stop(str(error), error.status)
+    samples = before + scraper.samples
+    summary = summarize(
+        setup, kept + outcome.records, samples, planned=len(items), stopped=outcome.stopped,
+        goals=settings.goals, failed_scrapes=scraper.failed,
+        checks=check_counters(outcome.records, scraper.samples),
+    )  # fmt: skip
+    _write(summary, samples, folder)
+    failed = summary.requests.errors > 0
+    return summary, outcome.status or (SOME_FAILED if failed else 0)
+
+
+def _write(summary: Summary, samples: list[Sample], folder: Path) -> None:
+    try:
+        write_samples(samples, folder / METRICS_CSV)
+        summary.write(folder / SUMMARY)
+    except OSError as error:
+        raise LoadTestError(f"cannot write {folder}: {error.strerror}", CANNOT_WRITE) from None
+
+
+def _kept(settings: Settings, folder: Path, items: Sequence[Item]) -> list[Record]:
+    """Finished requests of an interrupted run of the same prompts."""
+    path = folder / REQUESTS
+    if not settings.resume or not path.exists():
+        return []
+    hashes = {i.id: new_record(i, 0.0).prompt_hash for i in items}
+    kept = [r for r in read_records(path) if r.status == OK]
+    for record in kept:
+        if hashes.get(record.id) != record.prompt_hash:
+            raise LoadTestError(
+                f"--resume: {path} holds {record.id} of another workload; use another folder"
+            )
+    return kept
+
+
+def _later(
+    schedule: Schedule, items: Sequence[Item], left: Sequence[Item], offset: float
+) -> Schedule:
+    """Due times of the items that are left, as they were drawn, from the first of them on."""
+    if schedule.due is None or len(items) == len(left):
+        return schedule
+    wanted = {i.id for i in left}
+    due = [t for item, t in zip(items, schedule.due, strict=True) if item.id in wanted]
+    return replace(schedule, due=tuple(t - due[0] + offset for t in due))
+
+
+def describe(settings: Settings, target: Target, workload_hash: str, schedule: Schedule) -> Setup:
+    """What is run, for the summary."""
+    arrivals = settings.arrivals
+    return Setup(
+        label=settings.label,
+        model=target.model,
+        url=target.url,
+        policy=settings.policy,
+        workload=str(settings.workload),
+        workload_hash=workload_hash,
+        arrivals=str(arrivals),
+        arrivals_hash=schedule.hash,
+        concurrency=schedule.concurrency if schedule.due is None else None,
+        rate=getattr(arrivals, "rate", None),
+        seed=settings.seed,
+        endpoint=target.endpoint,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["kvthrift", *sys.argv[1:]]),
+        kvthrift=version("kvthrift"),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    )
+
+
+def _salted(target: Target, settings: Settings) -> Target:
+    """With vLLM's ``cache_salt``: prompts of another run on the same server are not found."""
+    if not (settings.salt and target.is_vllm):
+        return target
+    return replace(target, extra={**target.extra, "cache_salt": settings.salt})
+
+
+async def _warm_up(settings: Settings, target: Target) -> None:
+    """Requests whose prompts begin unlike any that is measured."""
+    client = Client(target, time.monotonic())
+    pool = sentences("essay", f"{settings.seed}-warmup")
+    random.Random(settings.seed).shuffle(pool)
+    try:
+        for index in range(settings.warmup):
+            text = " ".join(
+                fill([f"Warm-up {index}.", *pool], WARMUP_TOKENS, ApproximateTokenizer())
+            )
+            item = Item(f"warmup-{index}", "warmup", "warmup", text, max_tokens=4)
+            await client.send(item, new_record(item, 0.0))
+    finally:
+        await client.close()
+
+
+async def _idle(scraper: Scraper) -> None:
+    """Wait until the server runs nothing: counters lag behind the last token."""
+    until = time.monotonic() + IDLE_SECONDS
+    while time.monotonic() < until:
+        running = total(await scraper.once(), RUNNING)
+        if not running:
+            return
+        await asyncio.sleep(0.2)
+
+
+async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
+    """Run with scraping and display beside it."""
+
+    async def show() -> None:
+        while True:
+            use = [s.value for s in scraper.samples[-64:] if s.name == KV_USE]
+            settings.watch(runner.progress, use[-1] if use else None)
+            await asyncio.sleep(0.5)
+
+    beside = [
+        asyncio.create_task(scraper.watch(settings.interval)),
+        asyncio.create_task(show()),
+    ]
+    try:
+        outcome = await runner.run()
+        await _idle(scraper)
+    finally:
+        for task in beside:
+            task.cancel()
+        for task in beside:
+            with suppress(asyncio.CancelledError):
+                await task
+    settings.watch(runner.progress, None)
+    return outcome
+
+
+def finish(item: Item, record: Record) -> None:
+    """Score an answer."""
+    if record.status != OK:
+        return
+    record.score = score(item, record.answer)
+    if item.metric == "exact_key":
+        record.partial = METRICS["partial_key"](record.answer, item.references, ())
+
+
+def complete(folder: Path, arrivals: str) -> bool:
+    """Whether the folder holds a whole run with these arrivals, and without failures."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        same = found["setup"]["arrivals"] == arrivals and not found["stopped"]
+        return bool(same and found["requests"]["ok"] == found["requests"]["planned"])
+    except (OSError, ValueError, KeyError):
+        return False

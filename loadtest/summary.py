@@ -1,0 +1,310 @@
+"""``summary.json``: everything a report shows, computed from the raw records and samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from loadtest.estimates import Distribution, Estimate, distribution, mean
+from loadtest.records import OK
+from loadtest.server_side import Check, ServerSide, server_side
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loadtest.goodput import Goals
+    from loadtest.records import Record
+    from loadtest.scrape import Sample
+
+UNAVERAGED = "not averaged"
+
+
+class Setup(BaseModel):
+    """What was run.
+
+    Attributes:
+        label: name of the row in a comparison.
+        policy: cache policy, where known.
+        arrivals, workload: canonical spelling; their hashes name the very schedule and prompts.
+        concurrency: of a closed loop; rate: requests per second offered by an open one.
+
+    """
+
+    label: str
+    model: str
+    url: str
+    policy: str | None = None
+    workload: str
+    workload_hash: str
+    arrivals: str
+    arrivals_hash: str
+    concurrency: int | None = None
+    rate: float | None = None
+    seed: int
+    endpoint: str
+    started: str
+    command: str
+    kvthrift: str
+    machine: str
+
+
+class Requests(BaseModel):
+    """How requests ended; latencies hold only those that are ``ok``."""
+
+    planned: int
+    ok: int
+    errors: int
+    cancelled: int
+    by_error: dict[str, int]
+    by_finish_reason: dict[str, int]
+    empty_answers: int
+
+
+class Latency(BaseModel):
+    """Seconds.
+
+    Attributes:
+        ttft: sending to first token; scheduled_ttft: due to first token.
+        tpot: per token after the first; itl: between events with tokens; e2e: sending to the end.
+        queueing: due to sending, on the client's side.
+
+    """
+
+    ttft: Distribution | None
+    scheduled_ttft: Distribution | None
+    tpot: Distribution | None
+    itl: Distribution | None
+    e2e: Distribution | None
+    queueing: Distribution | None
+    tokens_per_event: float | None
+
+
+class Throughput(BaseModel):
+    """Per second, over a stretch of the run; prompt tokens count when the first token comes."""
+
+    seconds: float
+    requests: float
+    prompt_tokens: float
+    output_tokens: float
+
+
+class Goodput(BaseModel):
+    """Requests that met the goals."""
+
+    goals: dict[str, float]
+    share: float
+    requests_per_second: float
+
+
+class Score(BaseModel):
+    """Mean score of a task or category, 0 to 1."""
+
+    name: str
+    category: str
+    requests: int
+    score: Estimate
+
+
+class HeatCell(BaseModel):
+    """Mean exact-key score of one length and depth."""
+
+    length: float
+    depth: float
+    score: float
+    requests: int
+
+
+class Quality(BaseModel):
+    """Scores of the answers; ``overall`` is the plain mean of the tasks."""
+
+    overall: float
+    overall_interval: tuple[float, float] | None
+    partial_key: Estimate | None
+    tasks: list[Score]
+    categories: dict[str, float]
+    heat: list[HeatCell]
+
+
+class Summary(BaseModel):
+    """One run. Times are seconds, sizes bytes, shares 0 to 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    setup: Setup
+    stopped: str | None
+    requests: Requests
+    latency: Latency
+    throughput: Throughput | None
+    steady: Throughput | None
+    goodput: Goodput | None
+    quality: Quality | None
+    server: ServerSide | None
+    checks: list[Check]
+
+    def get(self, path: str) -> Any:
+        """A number by its path, e.g. ``latency.ttft.p50.value``; None where a part is missing."""
+        found: Any = self
+        for name in path.split("."):
+            found = None if found is None else getattr(found, name)
+        return found
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def summarize(
+    setup: Setup,
+    records: list[Record],
+    samples: list[Sample],
+    *,
+    planned: int,
+    stopped: str | None = None,
+    goals: Goals | None = None,
+    failed_scrapes: int = 0,
+    checks: list[Check] | None = None,
+) -> Summary:
+    """Compute the summary of a run from what was written down."""
+    good = [r for r in records if r.status == OK]
+    whole = _whole(good)
+    return Summary(
+        setup=setup,
+        stopped=stopped,
+        requests=_requests(records, planned),
+        latency=_latency([r for r in good if r.events]),
+        throughput=whole,
+        steady=_steady(good, setup.concurrency),
+        goodput=_goodput(records, goals, whole),
+        quality=_quality(good),
+        server=server_side(samples, failed_scrapes),
+        checks=checks or [],
+    )
+
+
+def _requests(records: list[Record], planned: int) -> Requests:
+    states = Counter(r.status for r in records)
+    return Requests(
+        planned=planned,
+        ok=states[OK],
+        errors=states["error"],
+        cancelled=states["cancelled"],
+        by_error=dict(Counter(r.error_kind for r in records if r.error_kind)),
+        by_finish_reason=dict(Counter(r.finish_reason for r in records if r.finish_reason)),
+        empty_answers=sum(r.status == OK and not r.answer.strip() for r in records),
+    )
+
+
+def _latency(good: list[Record]) -> Latency:
+    events = sum(len(r.event_tokens) for r in good)
+    return Latency(
+        ttft=distribution([[r.ttft] for r in good]),
+        scheduled_ttft=distribution([[r.scheduled_ttft] for r in good]),
+        tpot=distribution([[t] for r in good if (t := r.tpot) is not None]),
+        itl=distribution([r.itl for r in good]),
+        e2e=distribution([[r.e2e] for r in good]),
+        queueing=distribution([[r.sent - r.scheduled] for r in good]),
+        tokens_per_event=sum(sum(r.event_tokens) for r in good) / events if events else None,
+    )
+
+
+def _whole(good: list[Record]) -> Throughput | None:
+    if not good:
+        return None
+    begin, end = min(r.sent for r in good), max(r.finished for r in good)
+    return _between(good, begin, end)
+
+
+def _steady(good: list[Record], concurrency: int | None) -> Throughput | None:
+    """Between the time when all clients are busy and the last sending: no start, no tail."""
+    sent = sorted(r.sent for r in good)
+    first = (concurrency or 1) - 1
+    if len(sent) <= first + 1 or sent[-1] - sent[first] < 1.0:
+        return None
+    return _between(good, sent[first], sent[-1])
+
+
+def _between(good: list[Record], begin: float, end: float) -> Throughput:
+    seconds = max(end - begin, 1e-9)
+    prompt = output = 0.0
+    done = 0
+    for r in good:
+        done += begin <= r.finished <= end
+        if r.events and begin <= r.events[0] <= end:
+            prompt += r.prompt_tokens or 0
+        even = (r.output_tokens or 0) / max(1, len(r.events))
+        each: Sequence[float] = r.event_tokens or [even] * len(r.events)
+        output += sum(n for t, n in zip(r.events, each, strict=True) if begin <= t <= end)
+    return Throughput(
+        seconds=seconds,
+        requests=done / seconds,
+        prompt_tokens=prompt / seconds,
+        output_tokens=output / seconds,
+    )
+
+
+def _goodput(
+    records: list[Record], goals: Goals | None, whole: Throughput | None
+) -> Goodput | None:
+    if goals is None or not records:
+        return None
+    met = sum(goals.met(r) for r in records)
+    rate = met / whole.seconds if whole else 0.0
+    return Goodput(goals=goals.limits, share=met / len(records), requests_per_second=rate)
+
+
+def _quality(good: list[Record]) -> Quality | None:
+    by_task: dict[tuple[str, str], list[float]] = {}
+    for r in good:
+        if r.score is not None:
+            by_task.setdefault((r.category, r.task), []).append(r.score)
+    if not by_task:
+        return None
+    tasks = []
+    for (category, task), scores in sorted(by_task.items()):
+        found = mean(scores)
+        assert found is not None
+        tasks.append(Score(name=task, category=category, requests=len(scores), score=found))
+    counted = [t for t in tasks if UNAVERAGED not in t.category] or tasks
+    categories = {
+        name: float(np.mean([t.score.value for t in tasks if t.category == name]))
+        for name in dict.fromkeys(t.category for t in tasks)
+    }
+    return Quality(
+        overall=float(np.mean([t.score.value for t in counted])),
+        overall_interval=_interval([by_task[t.category, t.name] for t in counted]),
+        partial_key=mean([r.partial for r in good if r.partial is not None]),
+        tasks=tasks,
+        categories=categories,
+        heat=_heat(good),
+    )
+
+
+def _interval(tasks: list[list[float]], resamples: int = 500) -> tuple[float, float] | None:
+    """95 % interval of the mean of task means, rows resampled within their task."""
+    if max(len(t) for t in tasks) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    arrays = [np.asarray(t) for t in tasks]
+    drawn = [
+        np.mean([a[rng.integers(len(a), size=len(a))].mean() for a in arrays])
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _heat(good: list[Record]) -> list[HeatCell]:
+    cells: dict[tuple[float, float], list[float]] = {}
+    for r in good:
+        if r.score is not None and {"length", "depth"} <= r.tags.keys():
+            place = (float(r.tags["length"]), float(r.tags["depth"]))
+            cells.setdefault(place, []).append(r.score)
+    return [
+        HeatCell(length=length, depth=depth, score=float(np.mean(s)), requests=len(s))
+        for (length, depth), s in sorted(cells.items())
+    ]
