@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from loadtest.haystack import ESSAY
+from loadtest.workloads.haystack import ESSAY
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

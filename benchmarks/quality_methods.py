@@ -1,12 +1,13 @@
 """Quality of retention and retrieval methods on the embedded model, in one engine.
 
-Usage: ``python benchmarks/quality_methods.py [--codec fp16] [--tokens 1000] [--out FILE]``
+Usage: ``python benchmarks/quality_methods.py [--codec fp16] [--tokens 1000] [--workload W ...]
+[--ratio R ...] [--out FILE]``
 
 For every method at 2x, 4x and 8x (kept tokens against the prompt's):
 
-* passkey: 7 and 64 digits at two depths of a prompt of essay sentences; share of prompts whose
-  answer holds the key, and mean share of the key found (longest common substring). The first
-  answer token is free: it is computed from the whole prompt by methods that cut after it.
+* mean scores of the tasks of load-test workloads, by default passkeys of 7 and 64 digits at two
+  depths. The first answer token is free: it is computed from the whole prompt by methods that
+  cut after it.
 * KL: mean divergence of the second answer token's distribution from that under ``all``, over
   prompts that are growing pieces of one text. The first token is the same for all, and the
   second one is the first to be computed from what was kept. The 200 likeliest tokens are
@@ -23,15 +24,19 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.end_to_end import ENVIRONMENT, text
-from loadtest.passkey import cases
-from loadtest.scoring import exact_key, partial_key
+from loadtest.quality import score
+from loadtest.quality.metrics import partial_key
+from loadtest.tokens import LocalTokenizer
+from loadtest.workloads import Item, parse_workload
+from server.models import get_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 RATIOS = (2, 4, 8)
-DEPTHS = (0.25, 0.65)
+PASSKEY = "passkey(lengths={tokens},depths=0.25|0.65,texts=essay)"
 LIKELIEST = 200
+MAX_LEN = 4096
 
 
 def methods(ratio: int, tokens: int) -> dict[str, str]:
@@ -58,11 +63,9 @@ class Runner:
     def __init__(self, codec: str) -> None:
         from vllm import LLM
 
-        from server.models import get_model
-
         self.llm = LLM(
             str(get_model("smollm2-135m")), dtype="float32", enforce_eager=True,
-            max_model_len=4096, max_num_batched_tokens=512, kv_cache_memory_bytes=2 << 30,
+            max_model_len=MAX_LEN, max_num_batched_tokens=512, kv_cache_memory_bytes=2 << 30,
             block_size=128, max_logprobs=LIKELIEST, additional_config={"cache_policy": codec},
         )  # fmt: skip
 
@@ -73,21 +76,19 @@ class Runner:
         chosen = SamplingParams(temperature=0, extra_args={"cache_policy": method}, **sampling)
         return [out.outputs[0] for out in self.llm.generate(prompts, chosen, use_tqdm=False)]
 
-    def passkey(self, method: str, tokens: int) -> dict[str, float]:
-        """Exact and partial score by digits."""
-        scores: dict[str, float] = {}
-        for digits in (7, 64):
-            grid = [(tokens, depth) for depth in DEPTHS]
-            made = list(cases(self._count, grid=grid, digits=(digits,), texts=("essay",)))
-            answers = self.generate([c.prompt for c in made], method, max_tokens=digits + 8)
-            pairs = [(a.text, c.key) for a, c in zip(answers, made, strict=True)]
-            scores[f"exact {digits}"] = statistics.mean(exact_key(a, k) for a, k in pairs)
-            scores[f"partial {digits}"] = statistics.mean(partial_key(a, k) for a, k in pairs)
-        return scores
-
-    def _count(self, texts: list[str]) -> list[int]:
-        tokenizer = self.llm.get_tokenizer()
-        return [len(tokenizer.encode(text)) for text in texts]
+    def scores(self, method: str, items: list[Item]) -> dict[str, float]:
+        """Mean score of every task; the partial score too, of passkeys."""
+        scores: dict[str, list[float]] = {}
+        for size in sorted({i.max_tokens for i in items}):
+            group = [i for i in items if i.max_tokens == size]
+            answers = self.generate([i.prompt for i in group], method, max_tokens=size)
+            for item, answer in zip(group, answers, strict=True):
+                found = score(item, answer.text)
+                scores.setdefault(item.task, []).append(0.0 if found is None else found)
+                if item.metric == "exact_key":
+                    partial = partial_key(answer.text, item.references[0])
+                    scores.setdefault(item.task + " partial", []).append(partial)
+        return {task: statistics.mean(values) for task, values in sorted(scores.items())}
 
     def second_tokens(self, method: str, tokens: int) -> list[dict[int, float]]:
         """Log probabilities of the second answer token over pieces of one text."""
@@ -114,24 +115,29 @@ def main() -> None:
     parser.add_argument("--codec", default="fp16")
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--ratio", type=int, action="append")
+    parser.add_argument("--workload", action="append", help="as for kvthrift loadtest")
     parser.add_argument("--out")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     runner, rows = Runner(options.codec), []
     base = runner.second_tokens("all", options.tokens)
-    columns = ("exact 7", "partial 7", "exact 64", "partial 64", "KL")
-    print(f"{'':6}{'':24}" + "".join(f"{c:>12}" for c in columns))
+    tokenizer = LocalTokenizer(str(get_model("smollm2-135m")))
+    items = [
+        item
+        for text_ in options.workload or [PASSKEY.format(tokens=options.tokens)]
+        for item in parse_workload(text_).items(tokenizer, 0, MAX_LEN)
+    ]
     chosen = [("1x", "all", "all")]
     for ratio in options.ratio or RATIOS:
         chosen += [(f"{ratio}x", n, m) for n, m in methods(ratio, options.tokens).items()]
     for ratio_name, name, method in chosen:
-        scores = runner.passkey(method, options.tokens)
+        scores = runner.scores(method, items)
         seconds = runner.second_tokens(method, options.tokens)
         pairs = zip(base, seconds, strict=True)
         scores["KL"] = statistics.mean(divergence(a, b) for a, b in pairs)
         rows.append({"ratio": ratio_name, "name": name, "method": method, **scores})
-        shown = "".join(f"{scores[c]:12.3f}" for c in columns)
-        print(f"{ratio_name:6}{name:24}{shown}", flush=True)
+        shown = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
+        print(f"{ratio_name} {name}: {shown}", flush=True)
         if options.out:
             _save(options.out, rows)
 

@@ -73,9 +73,13 @@ class Policy:
 
     def __str__(self) -> str:
         """The canonical string; it parses back to an equal policy."""
+        return self.codec_string if self.method.is_plain else f"{self.method}+{self.codec_string}"
+
+    @property
+    def codec_string(self) -> str:
+        """The canonical string of the codec alone."""
         entry = CODECS[self.codec_name]
-        codec = shown(self.codec_name, self.codec, parameters(entry.cls, dict(entry.fixed)))
-        return codec if self.method.is_plain else f"{self.method}+{codec}"
+        return shown(self.codec_name, self.codec, parameters(entry.cls, dict(entry.fixed)))
 
 
 def parse(text: str) -> Policy:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import Policy, parse
+from cache_policies.policy import parse
 from loadtest.cli import finish, run_once, safe_name
 from loadtest.client import find_target
 from loadtest.errors import SOME_FAILED, LoadTestError
@@ -55,8 +56,7 @@ class Variant:
 
         """
         policy = parse(text)
-        codec = Policy(policy.codec, policy.codec_name)
-        return cls(str(policy), str(codec), str(policy.method))
+        return cls(str(policy), policy.codec_string, str(policy.method))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def run_comparison(comparison: Comparison, out: Path) -> int:
         try:
             code = _serve(comparison, policy, missing, out)
         except ServerError as error:
-            console.print(f"[red]{policy or STOCK}: {error}[/red]", highlight=False)
+            text = escape(f"{policy or STOCK}: {error}")
+            console.print(f"[red]{text}[/red]", highlight=False, soft_wrap=True)
             code = SOME_FAILED
         status = status or code
         if code > SOME_FAILED:
@@ -226,7 +227,5 @@ def _run(
         policy=variant.label,
         pid=server.pid,
     )
-    summary, status = run_once(settings, target, folder)
-    if summary.stopped:
-        console.print(f"[yellow]{variant.label}: {summary.stopped}[/yellow]", highlight=False)
+    _, status = run_once(settings, target, folder)
     return status

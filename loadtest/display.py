@@ -57,27 +57,30 @@ def _note(state: State, use: float | None, seconds: float) -> str:
     return ", ".join(parts)
 
 
+HEADINGS = (
+    "run", "quality", "partial\nkey", "fit at\nonce", "peak\nKV", "TTFT s\np50 / p99",
+    "TPOT ms\np50 / p99", "out\ntok/s", "failed",
+)  # fmt: skip
+
+
 def table(summaries: Sequence[Summary], title: str) -> Table:
-    """One row a run."""
+    """One row a run; arrivals are part of its name where they differ."""
     shown = Table(title=title, padding=(0, 0))
-    headings = (
-        "run", "arrivals", "quality", "partial\nkey", "fits at\nonce", "peak\nKV",
-        "TTFT s\np50 / p99", "TPOT ms\np50 / p99", "out\ntok/s", "ok", "failed",
-    )  # fmt: skip
-    for heading in headings:
-        left = heading in ("run", "arrivals")
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+    for heading in HEADINGS:
+        first = heading == "run"
+        shown.add_column(
+            heading, justify="left" if first else "right", no_wrap=not first, overflow="fold"
+        )
+    several = len({s.setup.arrivals for s in summaries}) > 1
     for summary in summaries:
-        shown.add_row(*row(summary))
+        name = f"{summary.setup.label} {summary.setup.arrivals}" if several else summary.setup.label
+        shown.add_row(name, *_cells(summary))
     return shown
 
 
-def row(summary: Summary) -> tuple[str, ...]:
-    """The cells of a run, as text."""
-    requests = summary.requests
+def _cells(summary: Summary) -> tuple[str, ...]:
+    """The numbers of a run, as text."""
     return (
-        summary.setup.label,
-        summary.setup.arrivals,
         _number(summary, "quality.overall", ".2f"),
         _number(summary, "quality.partial_key.value", ".2f"),
         _number(summary, "server.requests_that_fit", ".1f"),
@@ -85,8 +88,7 @@ def row(summary: Summary) -> tuple[str, ...]:
         _percentiles(summary, "scheduled_ttft", 1, ".2f"),
         _percentiles(summary, "tpot", 1000, ".0f"),
         _number(summary, "throughput.output_tokens", ".1f"),
-        str(requests.ok),
-        str(requests.errors + requests.cancelled),
+        str(summary.requests.errors + summary.requests.cancelled),
     )
 
 

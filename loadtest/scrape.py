@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 
@@ -59,6 +58,10 @@ class Sample:
 
 def parse_metrics(text: str, names: str, when: float, source: str) -> list[Sample]:
     """Samples of the metrics whose whole name matches a regular expression."""
+    # prometheus_client decides at its import whether this process shares its metrics with others,
+    # and `kvthrift serve` sets that after this module is imported
+    from prometheus_client.parser import text_string_to_metric_families
+
     # Cut down first: vLLM's text is long, histograms above all, and parsing it takes long enough
     # to be seen in the token times of a client that shares the processor.
     wanted = re.compile(rf"({names})[ {{]")

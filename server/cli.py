@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +20,8 @@ from loadtest.errors import LoadTestError
 from server.models import MODELS, ModelError, get_model, model_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from server.capacity import ModelShape
 
 app = typer.Typer(
@@ -28,11 +34,12 @@ console = Console()
 errors = Console(stderr=True)
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 EVERYTHING = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def main() -> None:
-    """Entry point; errors a user can mend are one line and exit status 2."""
+    """Entry point; errors a user can mend are one line and an exit status above 0."""
     try:
         app()
     except (PolicyError, ModelError, LoadTestError) as error:
@@ -40,12 +47,28 @@ def main() -> None:
         raise SystemExit(getattr(error, "status", 2)) from None
 
 
+@contextmanager
+def metrics_of_all_processes() -> Iterator[None]:
+    """Let /metrics show what the engine's processes count (prometheus_client's multiprocess mode).
+
+    prometheus_client looks when it is imported, so nothing may have imported it before.
+    """
+    if MULTIPROCESS in os.environ:
+        yield
+        return
+    assert "prometheus_client" not in sys.modules, "imported too early to share its metrics"
+    with TemporaryDirectory(prefix="kvthrift-metrics-") as folder:
+        os.environ[MULTIPROCESS] = folder
+        yield
+
+
 @app.command(context_settings=EVERYTHING, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve MODEL over the OpenAI API: --cache-policy P and every flag of vLLM's serve."""
-    from server.serve import run
+    with metrics_of_all_processes():
+        from server.serve import run
 
-    run(context.args)
+        run(context.args)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,15 @@ from cache_policies.errors import PolicyError
 from cache_policies.kernels import KERNELS, kernel_class
 from cache_policies.policy import parse
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
+from server.api.plugin import MAX_BODY, engine_died
+from server.api.state import parse_aliases
 from server.models import MODELS, resolve
 
 if TYPE_CHECKING:
     import argparse
+
+
+DRAIN_SECONDS = 30
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +40,32 @@ def make_parser() -> argparse.ArgumentParser:
         "Without it vLLM's own cache is used, unchanged.",
     )
     group.add_argument("--cache-kernel", choices=KERNELS, help="attention kernel (default: auto)")
-    return make_arg_parser(parser)
+    group.add_argument(
+        "--policy-alias",
+        action="append",
+        metavar="NAME=METHOD",
+        help="a further model name that stands for a method, e.g. fast='snapkv(budget=512)'; "
+        "may be given several times",
+    )
+    group.add_argument(
+        "--max-request-bytes",
+        type=_positive,
+        default=MAX_BODY,
+        help="most bytes of a request's body; above it the answer is 413 (default: 64 MiB)",
+    )
+    group.add_argument(
+        "--max-concurrent-requests",
+        type=_positive,
+        help="most requests under way in an API process; above it the answer is 429 "
+        "(default: no limit)",
+    )
+    group.add_argument(
+        "--api-key-file", help="file with the API key, which then shows in no process list"
+    )
+    parser = make_arg_parser(parser)
+    # vLLM's default, 0, ends running requests when the server is told to stop.
+    parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
+    return parser
 
 
 def configure(args: argparse.Namespace) -> argparse.Namespace:
@@ -65,8 +96,19 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
             raise PolicyError("--cache-kernel needs --cache-policy")
     if POLICY_KEY in extra:
         parse(extra[POLICY_KEY])
+    if args.policy_alias:
+        if POLICY_KEY not in extra:
+            raise PolicyError("--policy-alias needs --cache-policy")
+        parse_aliases(args.policy_alias, args.served_model_name or [args.model])
     args.additional_config = extra
     return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{value} is below 1")
+    return value
 
 
 def default_dtype() -> str | None:
@@ -86,15 +128,37 @@ def run(argv: list[str]) -> None:
     """
     # The V2 runner builds no logits processors, hence no guard; it needs Triton anyway.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # vLLM loads plugins of routes only by name.
+    allowed = os.environ.get("VLLM_PLUGINS", "kvthrift").split(",")
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "kvthrift"]))
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
         args = configure(args)
-    except PolicyError as error:
+        _read_key(args.api_key_file)
+    except (PolicyError, OSError) as error:
         parser.error(str(error))
     command = ServeSubcommand()
     args.subparser = command.name
     command.validate(args)
     command.cmd(args)
+    if engine_died():
+        raise SystemExit("kvthrift: the engine died; see the log above")
+
+
+def _read_key(path: str | None) -> None:
+    """Put the API key where vLLM looks for it.
+
+    Raises:
+        PolicyError: the file is empty.
+        OSError: it cannot be read.
+
+    """
+    if path is None:
+        return
+    key = Path(path).read_text(encoding="utf-8").strip()
+    if not key:
+        raise PolicyError(f"--api-key-file {path} is empty")
+    os.environ["VLLM_API_KEY"] = key

@@ -37,7 +37,15 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: RingStoreSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plan, self.layers = kv_cache_spec.plan, kv_cache_spec.layers
-        self.default = kv_cache_spec.policy_in_force.method
+        policy = kv_cache_spec.policy_in_force
+        self.policy = str(policy)
+        self.default, self.codec = policy.method, policy.codec_string
+        # of all layers and this worker's KV heads
+        self.page_bytes = int(kv_cache_spec.page_size_bytes) * self.layers
+        heads = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size
+        self.half_bytes_per_token = 4 * heads * self.layers
+        self.given_back = 0  # pages, not counted in the metrics yet
+        self.hit_tokens: dict[str, int] = {}  # of requests when they were first admitted
         self._engine: Engine | None = None
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
@@ -103,6 +111,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self._take_ring(row)
         row.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(new_computed_blocks)
+        self.hit_tokens.setdefault(request_id, num_local_computed_tokens)
 
     def allocate_new_blocks(
         self,
@@ -170,6 +179,12 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         for i in gone:
             row[i] = self._null_block
         self.block_pool.free_blocks(freed)
+        self.given_back += len(freed)
+
+    def owned_pages(self, request_id: str) -> int:
+        """Pages of the request's row that it still owns."""
+        row = self.req_to_blocks.get(request_id, ())
+        return sum(block is not self._null_block for block in row)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self.req_to_blocks.get(request_id):

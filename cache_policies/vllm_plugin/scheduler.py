@@ -15,10 +15,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from cache_policies.errors import PolicyError
 from cache_policies.request import readable_tokens
 from cache_policies.vllm_plugin.config import refuse_method
+from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
 from cache_policies.vllm_plugin.manager import RingStoreManager
+from cache_policies.vllm_plugin.metrics import cache_metrics
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.kvthrift.scheduler")
@@ -35,6 +38,9 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         ]
         for manager in self.policy_managers:
             manager.attach(self.requests, self.max_model_len)
+        self._metrics = cache_metrics()
+        for manager in self.policy_managers:
+            self._metrics.start(manager)
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -46,6 +52,25 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
                 # request ends with an error, by the way vLLM has for its own late refusals.
                 logger.error("request %s is refused: %s", request.request_id, error)
                 self.grammar_compile_error_reqs.add(request.request_id)
+
+    def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """Send along what the request held, by the way that KV connectors have to responses.
+
+        vLLM calls this when a request ends, before its pages are freed. Can go when a block
+        manager may add to a request's output.
+        """
+        delay, params = super()._connector_finished(request)
+        for manager in self.policy_managers:
+            facts = facts_of(manager, request)
+            self._metrics.finished(manager, request, facts)
+            params = {**(params or {}), KV_CACHE: facts.as_dict()}
+        return delay, params
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Bring the metrics up to date with the step that has ended."""
+        for manager in self.policy_managers:
+            self._metrics.step(manager, self.running)
+        return super().make_stats(*args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Take no more of the prefix cache than the request's method allows."""

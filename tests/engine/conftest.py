@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 
+from loadtest.process import Server, running_server
 from tests.engine.programs import MARK
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
 }
 Program = Callable[..., Any]
+FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "67108864"]
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +63,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the embedded model under kivi-4bit, for all tests that only ask it."""
+    assert smollm2.exists()
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["smollm2-135m", "--cache-policy", "kivi-4bit", *FLAGS]
+    arguments += ["--policy-alias", "fast=snapkv(budget=96)", "--max-request-bytes", "200000"]
+    with running_server(arguments, log) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,67 @@
+"""What a request held in the cache, counted by the block manager when the request ends."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from cache_policies.vllm_plugin.manager import RingStoreManager
+
+KV_CACHE = "kv_cache"
+
+
+@dataclass(frozen=True)
+class KVCacheFacts:
+    """One request at its end.
+
+    Attributes:
+        policy: what was applied, method and codec.
+        prompt_tokens: of the prompt.
+        cached_tokens: of the prompt, found in the prefix cache.
+        computed_tokens: of prompt and answer, that passed through the model or were found.
+        kept_tokens: of those, still held (in the layer that holds most).
+        pages: owned, counted in the block table.
+        bytes: of those pages in all layers.
+        compression_ratio: bytes the computed tokens take in 16 bit, over ``bytes``.
+
+    """
+
+    policy: str
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    kept_tokens: int
+    pages: int
+    bytes: int
+    compression_ratio: float | None
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Computed tokens that are held no more."""
+        return self.computed_tokens - self.kept_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a response."""
+        return asdict(self)
+
+
+def facts_of(manager: RingStoreManager, request: Request) -> KVCacheFacts:
+    """Count what a request holds, before its pages are freed; once a request."""
+    computed = request.num_computed_tokens
+    pages = manager.owned_pages(request.request_id)
+    used = pages * manager.page_bytes
+    whole = computed * manager.half_bytes_per_token
+    method = manager.method(request)
+    return KVCacheFacts(
+        policy=manager.codec if method.is_plain else f"{method}+{manager.codec}",
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=manager.hit_tokens.pop(request.request_id, 0),
+        computed_tokens=computed,
+        kept_tokens=manager.span(request).held(computed),
+        pages=pages,
+        bytes=used,
+        compression_ratio=round(whole / used, 4) if used else None,
+    )

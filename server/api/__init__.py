@@ -1,0 +1,1 @@
+"""What kvthrift adds to vLLM's OpenAI server: policies chosen, shown and measured over HTTP."""

@@ -1,0 +1,92 @@
+"""Entry point ``vllm.endpoint_plugins``: our routes in vLLM's own server.
+
+``kvthrift serve`` names it in ``VLLM_PLUGINS``, as vLLM wants it; so can a user of vLLM's command.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
+from fastapi.responses import JSONResponse
+
+from cache_policies.vllm_plugin.facts import KV_CACHE
+from server.api.middleware import PolicyMiddleware
+from server.api.policies import router
+from server.api.state import ServerState, parse_aliases
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+
+MAX_BODY = 64 << 20
+_engines: list[Any] = []  # at most one: the client of the engine this process serves
+
+
+def engine_died() -> bool:
+    """Whether the engine ended by itself; vLLM's server then stops as if it had been told to."""
+    return any(client.engine_core.resources.engine_dead for client in _engines)
+
+
+class PolicyEndpoints:
+    """Routes, model names and usage of cache policies."""
+
+    name = "kvthrift"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._state = ServerState()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, and the middleware around vLLM's."""
+        app.state.kvthrift = self._state
+        app.include_router(router)
+        app.add_api_route("/v1/models", _models, methods=["GET"])
+        args = app.state.args
+        app.add_middleware(
+            PolicyMiddleware,
+            state=self._state,
+            max_body=getattr(args, "max_request_bytes", MAX_BODY),
+            max_requests=getattr(args, "max_concurrent_requests", None),
+        )
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Take the engine's configuration, and watch what its requests held."""
+        del state
+        ours = self._state
+        ours.vllm_config = engine_client.vllm_config
+        ours.names = list(args.served_model_name or [args.model])
+        ours.aliases = parse_aliases(getattr(args, "policy_alias", None) or [], ours.names)
+        _watch(engine_client, ours)
+        _engines[:] = [engine_client]
+
+
+def _watch(engine_client: Any, state: ServerState) -> None:
+    """Note what each request held when its last output passes.
+
+    vLLM gives ``kv_transfer_params`` to whole responses but not to streams. Can go when it does.
+    """
+    generate = engine_client.generate
+
+    async def watched(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for output in generate(*args, **kwargs):
+            params = output.kv_transfer_params if output.finished else None
+            if params and KV_CACHE in params:
+                state.note(output.request_id, params[KV_CACHE])
+            yield output
+
+    engine_client.generate = watched
+
+
+async def _models(request: Request) -> JSONResponse:
+    """VLLM's list, with a card for each alias."""
+    listed = await request.app.state.openai_serving_models.show_available_models()
+    content = listed.model_dump()
+    state: ServerState = request.app.state.kvthrift
+    for alias, method in state.aliases.items():
+        base = content["data"][0]
+        content["data"].append({**base, "id": alias, "parent": base["id"], "cache_policy": method})
+    return JSONResponse(content)

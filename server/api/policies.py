@@ -1,0 +1,191 @@
+"""The policy routes: which methods there are, what a policy would hold, what the pool holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import HTMLResponse
+from prometheus_client.parser import text_string_to_metric_families
+
+from cache_policies.codecs import CODECS
+from cache_policies.errors import PolicyError
+from cache_policies.parameters import parameters
+from cache_policies.policy import parse
+from cache_policies.retention import retention_methods
+from cache_policies.retrieval import RETRIEVAL
+from cache_policies.vllm_plugin.config import refuse_method
+from server.api.page import page
+from server.api.schemas import (
+    Estimate,
+    EstimateRequest,
+    MethodUse,
+    Parameter,
+    PolicyEstimate,
+    PolicyList,
+    PolicyTerm,
+    Shape,
+    Stats,
+)
+from server.capacity import ModelShape, capacity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cache_policies.policy import Policy
+    from server.api.state import ServerState
+
+router = APIRouter(tags=["cache policies"])
+TYPES: dict[type, Any] = {int: "integer", float: "number", str: "word"}
+
+
+def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.kvthrift
+    return state
+
+
+@router.get("/v1/cache_policies")
+async def list_policies(request: Request) -> PolicyList:
+    """Every codec and method: parameters, what is lost, and whether this server takes it."""
+    state = _state(request)
+    terms = [_codec(name, state.policy) for name in CODECS]
+    terms += [_method(name, "retention", state) for name in retention_methods()]
+    terms += [_method(name, "retrieval", state) for name in RETRIEVAL]
+    policy = str(state.policy) if state.policy else None
+    return PolicyList(
+        model=state.model, server_policy=policy, aliases=state.aliases, policies=terms
+    )
+
+
+def _parameters(settable: Mapping[str, Any]) -> list[Parameter]:
+    return [Parameter(name=k, type=TYPES[type(v)], default=v) for k, v in settable.items()]
+
+
+def _codec(name: str, policy: Policy | None) -> PolicyTerm:
+    entry = CODECS[name]
+    serving = policy is not None and policy.codec_name == name
+    return PolicyTerm(
+        name=name,
+        kind="codec",
+        keeps=entry.cls.keeps,
+        loses=entry.cls.loses,
+        parameters=_parameters(parameters(entry.cls, dict(entry.fixed))),
+        allowed=serving,
+        why_not=None if serving else "the codec is the server's: kvthrift serve --cache-policy",
+    )
+
+
+def _method(name: str, kind: Any, state: ServerState) -> PolicyTerm:
+    cls: Any = {**retention_methods(), **RETRIEVAL}[name]
+    why_not = None
+    if state.policy is None:
+        why_not = "this server runs without a cache policy: kvthrift serve --cache-policy"
+    else:
+        try:
+            refuse_method(parse(name).method, state.vllm_config.model_config)
+        except PolicyError as error:
+            why_not = str(error)
+    return PolicyTerm(
+        name=name,
+        kind=kind,
+        keeps=cls.keeps,
+        loses=cls.loses,
+        parameters=_parameters(cls.settable()),
+        allowed=why_not is None,
+        why_not=why_not,
+    )
+
+
+@router.post("/v1/cache_policies/estimate")
+async def estimate(request: Request, asked: EstimateRequest) -> Estimate:
+    """Bytes per token, capacity and concurrency of policies, from the declaration of the pages."""
+    shape = asked.model_shape or _state(request).shape
+    found = [_estimate(text, shape, asked) for text in asked.policies]
+    return Estimate(
+        model_shape=shape,
+        memory_bytes=asked.memory_bytes,
+        context_tokens=asked.context_tokens,
+        estimates=found,
+    )
+
+
+def _estimate(text: str, shape: Shape, asked: EstimateRequest) -> PolicyEstimate:
+    dtype = getattr(torch, shape.dtype)
+    model = ModelShape(shape.layers, shape.num_kv_heads, shape.head_size, dtype)
+    try:
+        policy = parse(text)
+        size = capacity(policy, model, asked.memory_bytes, asked.context_tokens)
+    except PolicyError as error:
+        return PolicyEstimate(policy=text, error=str(error))
+    return PolicyEstimate(
+        policy=str(policy),
+        bytes_per_token=size.bytes_per_token,
+        window_bytes=size.ring_bytes,
+        capacity_tokens=size.requests * asked.context_tokens,
+        concurrent_requests=size.requests,
+        compression_ratio=round(size.ratio, 4),
+    )
+
+
+@router.get(
+    "/v1/cache_policies/stats", responses={503: {"description": "no policy, or no step yet"}}
+)
+async def stats(request: Request) -> Stats:
+    """The live pool: pages, bytes and tokens held, by method."""
+    return read_stats(_state(request))
+
+
+def read_stats(state: ServerState) -> Stats:
+    """The engine's metrics as one object.
+
+    Raises:
+        HTTPException: 503 where the engine has none.
+
+    """
+    found = list(text_string_to_metric_families(state.metrics_text()))
+    samples = [s for family in found for s in family.samples if s.name.startswith("kvthrift_")]
+
+    def value(name: str) -> float:
+        return sum(s.value for s in samples if s.name == f"kvthrift_{name}")
+
+    def by_policy(name: str) -> dict[str, float]:
+        wanted = f"kvthrift_{name}"
+        return {s.labels["policy"]: s.value for s in samples if s.name == wanted}
+
+    if not value("kv_capacity_pages"):
+        raise HTTPException(503, state.why_no_stats)
+    running, held = by_policy("requests_running"), by_policy("kv_held_tokens")
+    return Stats(
+        server_policy=str(state.policy) if state.policy else None,
+        capacity_pages=int(value("kv_capacity_pages")),
+        used_pages=int(value("kv_used_pages")),
+        capacity_bytes=int(value("kv_capacity_bytes")),
+        used_bytes=int(value("kv_used_bytes")),
+        token_bytes=value("kv_token_bytes"),
+        compression_ratio=value("kv_compression_ratio") or None,
+        tokens_dropped=int(value("tokens_dropped_total")),
+        pages_given_back=int(value("pages_given_back_total")),
+        prefix_hit_tokens=int(value("prefix_hit_tokens_total")),
+        by_policy={
+            name: MethodUse(running_requests=int(n), held_tokens=int(held.get(name, 0)))
+            for name, n in sorted(running.items())
+        },
+    )
+
+
+@router.get("/policies", include_in_schema=False)
+async def policies_page(request: Request) -> HTMLResponse:
+    """The same for a person."""
+    state = _state(request)
+    try:
+        live = read_stats(state)
+    except HTTPException:
+        live = None
+    listed = await list_policies(request)
+    sizes = await estimate(request, EstimateRequest(memory_bytes=_pool(live)))
+    return HTMLResponse(page(listed, sizes, live))
+
+
+def _pool(live: Stats | None) -> int:
+    return live.capacity_bytes if live else 4 << 30

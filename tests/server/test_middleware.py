@@ -1,0 +1,205 @@
+"""The middleware around a small application, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from cache_policies.errors import PolicyError
+from server.api.middleware import PolicyMiddleware
+from server.api.state import ServerState, parse_aliases
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+FACTS = {
+    "policy": "snapkv+kivi-4bit", "prompt_tokens": 10, "cached_tokens": 0, "computed_tokens": 20,
+    "kept_tokens": 8, "pages": 2, "bytes": 100, "compression_ratio": 4.0,
+}  # fmt: skip
+
+
+class Server:
+    """An application that answers as vLLM does, and what it was asked."""
+
+    def __init__(self, *, max_body: int = 10_000, max_requests: int | None = None) -> None:
+        self.state = ServerState(names=["m"], aliases={"fast": "snapkv(budget=512)"})
+        self.asked: list[Any] = []
+        self.raw = b"nothing came"
+        self.held = asyncio.Event()
+        self.held.set()
+        routes = [
+            Route(path, self.answer, methods=["POST"])
+            for path in ("/v1/completions", "/v1/chat/completions", "/v1/other")
+        ]
+        app = Starlette(routes=routes)
+        self.app = PolicyMiddleware(app, self.state, max_body, max_requests)
+
+    async def answer(self, request: Request) -> Any:
+        self.raw = await request.body()
+        try:
+            asked = dict(json.loads(self.raw))
+        except (ValueError, RecursionError, TypeError):
+            return JSONResponse({"error": "not a JSON object"}, 400)
+        self.asked.append(asked)
+        await self.held.wait()
+        for index in range(asked.get("prompts", 1)):
+            self.state.note(f"cmpl-1-{index}", dict(FACTS))
+        if asked.get("stream"):
+            return StreamingResponse(_events(), media_type="text/event-stream")
+        usage = {"prompt_tokens": 10, "completion_tokens": 3}
+        params = {"kv_cache": FACTS}
+        text = {"text": "ключ"}
+        content = {"id": "cmpl-1", "choices": [text], "usage": usage, "kv_transfer_params": params}
+        return JSONResponse(content)
+
+    def client(self) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app=self.app)
+        return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    def post(self, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
+        async def run() -> httpx.Response:
+            async with self.client() as client:
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
+                return await client.post(path, content=content, **options)
+
+        return asyncio.run(run())
+
+
+async def _events() -> Any:
+    yield b'data: {"id":"cmpl-1","choices":[{"text":"a \\"usage\\":{ b"}]}\n\n'
+    yield b'data: {"id":"cmpl-1","choices":[],"usage":{"prompt_tokens":10}}\n\n'
+    yield b"data: [DONE]\n\n"
+
+
+def test_usage_says_what_was_held_and_nothing_else_changes() -> None:
+    answer = Server().post({"model": "m"})
+    content = answer.json()
+    assert content["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "kv_cache": FACTS}
+    assert content["kv_transfer_params"] is None
+    assert content["choices"] == [{"text": "ключ"}]
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_facts_of_several_prompts_are_added() -> None:
+    held = Server().post({"model": "m", "prompts": 2}).json()["usage"]["kv_cache"]
+    assert (held["pages"], held["bytes"], held["kept_tokens"]) == (4, 200, 16)
+    assert (held["policy"], held["compression_ratio"]) == ("snapkv+kivi-4bit", 4.0)
+
+
+def test_the_last_chunk_of_a_stream_says_it_too() -> None:
+    server = Server()
+    events = server.post({"model": "m", "stream": True}).text.split("\n\n")
+    assert json.loads(events[0][6:])["choices"] == [{"text": 'a "usage":{ b'}]
+    assert json.loads(events[1][6:])["usage"] == {"prompt_tokens": 10, "kv_cache": FACTS}
+    assert events[2] == "data: [DONE]"
+    assert not server.state.facts
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "method"),
+    [
+        ("m", "m", None),
+        ("fast", "m", "snapkv(budget=512)"),
+        ("m@h2o(heavy=9,recent=9)", "m", "h2o(heavy=9,recent=9)"),
+        ("other@h2o", "other@h2o", None),
+        ("x", "x", None),
+    ],
+)
+def test_a_model_name_carries_a_method(name: str, model: str, method: str | None) -> None:
+    server = Server()
+    server.post({"model": name, "vllm_xargs": {"other": 1}})
+    (asked,) = server.asked
+    assert asked["model"] == model
+    assert asked["vllm_xargs"].get("cache_policy") == method
+    assert asked["vllm_xargs"]["other"] == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b"\xff", b"[" * 9000, b'{"model": [1]}'])
+def test_what_is_not_a_request_is_left_to_vllm(body: bytes) -> None:
+    server = Server()
+    server.post(body)
+    assert server.raw == body
+
+
+def refused(answer: httpx.Response, status: int, says: str) -> None:
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert says in error["message"]
+    assert error["code"] == status
+
+
+def test_what_is_refused() -> None:
+    server = Server(max_body=1000)
+    twice = {"model": "fast", "vllm_xargs": {"cache_policy": "h2o"}}
+    refused(server.post(twice), 400, "given twice")
+    refused(server.post({"model": "m", "prompt_compression": {}}), 400, "prompt_compression")
+    refused(server.post({"model": "m" * 1000}), 413, "over 1000 bytes")
+    assert not server.asked
+    assert server.post(b"x" * 2000, path="/v1/other").status_code == 400  # not ours: no limit
+
+
+def test_too_much_without_a_length_is_refused_before_it_is_read_whole() -> None:
+    server = Server(max_body=1000)
+    sent = []
+
+    async def endless() -> Any:
+        for _ in range(1000):
+            sent.append(1)
+            yield b"x" * 100
+
+    async def run() -> httpx.Response:
+        async with server.client() as client:
+            return await client.post("/v1/completions", content=endless())
+
+    refused(asyncio.run(run()), 413, "over 1000 bytes")
+
+
+def test_requests_over_the_limit_get_429_and_a_time_to_wait() -> None:
+    server = Server(max_requests=2)
+
+    async def run() -> list[httpx.Response]:
+        server.held.clear()
+        async with server.client() as client:
+            tasks = [
+                asyncio.create_task(client.post("/v1/completions", json={"model": "m"}))
+                for _ in range(2)
+            ]
+            while len(server.asked) < 2:
+                await asyncio.sleep(0)
+            third = await client.post("/v1/completions", json={"model": "m"})
+            server.held.set()
+            first = await asyncio.gather(*tasks)
+            return [*first, third, await client.post("/v1/completions", json={"model": "m"})]
+
+    first, second, third, fourth = asyncio.run(run())
+    refused(third, 429, "2 requests are under way")
+    assert third.headers["retry-after"] == "1"
+    assert first.status_code == second.status_code == fourth.status_code == 200
+
+
+def test_facts_that_no_response_takes_do_not_pile_up() -> None:
+    state = ServerState()
+    for index in range(10_000):
+        state.note(str(index), {})
+    assert len(state.facts) <= 4096
+    assert "9999" in state.facts
+
+
+def test_aliases() -> None:
+    assert parse_aliases(["a=snapkv( budget = 50 )"], ["m"]) == {"a": "snapkv(budget=50)"}
+    for texts, says in (
+        (["a"], "is not NAME=METHOD"),
+        (["m=h2o"], "is a model name already"),
+        (["a=h2o", "a=tova"], "is a model name already"),
+        (["a=kivi-4bit"], "cannot choose the codec"),
+        (["a=foo"], "unknown cache policy"),
+    ):
+        with pytest.raises(PolicyError, match=says):
+            parse_aliases(texts, ["m"])
