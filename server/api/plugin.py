@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
 MAX_BODY = 64 << 20
-_engines: list[Any] = []  # at most one: the client of the engine this process serves
+_processes: list[Any] = []  # of the engine, where this process started it
 
 
 def engine_died() -> bool:
-    """Whether the engine ended by itself; vLLM's server then stops as if it had been told to."""
-    return any(client.engine_core.resources.engine_dead for client in _engines)
+    """Whether an engine process failed; vLLM's server then stops as if it had been told to."""
+    return any(process.exitcode for process in _processes)
 
 
 class PolicyEndpoints:
@@ -61,7 +61,8 @@ class PolicyEndpoints:
         ours.names = list(args.served_model_name or [args.model])
         ours.aliases = parse_aliases(getattr(args, "policy_alias", None) or [], ours.names)
         _watch(engine_client, ours)
-        _engines[:] = [engine_client]
+        manager = getattr(engine_client.engine_core.resources, "engine_manager", None)
+        _processes[:] = manager.processes if manager else []
 
 
 def _watch(engine_client: Any, state: ServerState) -> None:
