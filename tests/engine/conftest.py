@@ -81,6 +81,14 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
+def long_answer(url: str, key: str) -> Any:
+    """A completion that takes seconds."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+    return client.completions.create(
+        model="smollm2-135m", prompt="Hello", max_tokens=100, extra_body={"ignore_eos": True}
+    )
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model; fetched into the user's cache on the first run."""

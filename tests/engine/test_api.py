@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
 import signal
@@ -18,7 +16,7 @@ import psutil
 import pytest
 
 from loadtest.process import running_server
-from tests.engine.conftest import FLAGS
+from tests.engine.conftest import FLAGS, long_answer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,8 +40,8 @@ def held(answer: Any) -> dict[str, Any]:
     return found
 
 
-def stats(server: Server) -> dict[str, Any]:
-    answer = httpx.get(f"{server.url}/v1/cache_policies/stats")
+def stats(server: Server, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    answer = httpx.get(f"{server.url}/v1/cache_policies/stats", headers=headers)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
@@ -245,45 +243,11 @@ def test_two_api_processes_count_once_and_a_key_from_a_file_is_wanted(
         assert f'"tokens_dropped":{dropped},' in seen.pop()
         text = httpx.get(f"{two.url}/metrics").text
         assert 'kvthrift_requests_total{finish_reason="length",policy="streaming-llm"} 16.0' in text
-
-
-def test_a_terminated_server_finishes_its_requests_and_a_broken_one_says_so(
-    smollm2: Path, tmp_path: Path
-) -> None:
-    assert smollm2.exists()
-    arguments = [MODEL, "--cache-policy", "fp16", *FLAGS]
-
-    def slow(url: str) -> Any:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        return client.completions.create(
-            model=MODEL, prompt="Hello", max_tokens=100, extra_body={"ignore_eos": True}
-        )
-
-    with running_server(arguments, tmp_path / "log") as server, ThreadPoolExecutor(1) as pool:
-        process = psutil.Process(server.pid)
-        answer = pool.submit(slow, server.url)
-        while stats_or_nothing(server) == 0:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert answer.result().usage.completion_tokens == 100
-        assert process.wait(60) in (0, None)  # None: its parent, which started it, has the status
-    with running_server(arguments, tmp_path / "log2") as server, ThreadPoolExecutor(1) as pool:
-        process = psutil.Process(server.pid)
-        (engine,) = [p for p in process.children(True) if "EngineCore" in " ".join(p.cmdline())]
-        answer = pool.submit(slow, server.url)
-        while stats_or_nothing(server) == 0:
-            time.sleep(0.05)
-        begin = time.monotonic()
-        os.kill(engine.pid, signal.SIGKILL)
-        with pytest.raises(openai.APIError):
-            answer.result()
-        assert time.monotonic() - begin < 10
-        with contextlib.suppress(httpx.HTTPError):
-            assert httpx.get(f"{server.url}/health").status_code == 503
-        assert process.wait(60) != 0
-
-
-def stats_or_nothing(server: Server) -> int:
-    """Pages in use; 0 before the first step."""
-    answer = httpx.get(f"{server.url}/v1/cache_policies/stats")
-    return int(answer.json().get("used_pages", 0))
+        # told to stop, the server finishes what runs and ends with status 0
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(long_answer, two.url, "sesame")
+            while not stats(two, header)["used_pages"]:
+                time.sleep(0.05)
+            psutil.Process(two.pid).send_signal(signal.SIGTERM)
+            assert answer.result().usage.completion_tokens == 100
+            assert psutil.Process(two.pid).wait(60) == 0

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from loadtest.process import Server, ServerError, running_server
-from tests.engine.conftest import FLAGS
+from tests.engine.conftest import FLAGS, long_answer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,13 +76,33 @@ def test_a_bad_method_in_a_request_is_a_400_that_names_what_is_allowed(
     assert _complete(client, "all")
 
 
-def test_a_method_on_a_server_without_a_policy_is_a_400(smollm2: Path, tmp_path: Path) -> None:
+def test_a_server_without_a_policy_and_what_it_does_when_its_engine_is_killed(
+    smollm2: Path, tmp_path: Path
+) -> None:
     assert smollm2.exists()
-    with running_server(["smollm2-135m", *FLAGS[:-1], str(256 << 20)], tmp_path / "log") as plain:
+    arguments = ["smollm2-135m", *FLAGS[:-1], str(256 << 20)]
+    with running_server(arguments, tmp_path / "log") as plain, ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="runs without a cache policy"):
             _complete(client, "snapkv(budget=96)")
-        assert client.completions.create(model="smollm2-135m", prompt="x", max_tokens=1).choices
+        done = client.completions.create(model="smollm2-135m", prompt="x", max_tokens=1)
+        assert not hasattr(done.usage, "kv_cache")
+        stats = httpx.get(f"{plain.url}/v1/cache_policies/stats")
+        assert (stats.status_code, "without a cache policy" in stats.text) == (503, True)
+        assert "vLLM's own cache" in httpx.get(f"{plain.url}/policies").text
+        process = psutil.Process(plain.pid)
+        tree = process.children(recursive=True)
+        (engine,) = [p for p in tree if "EngineCore" in " ".join(p.cmdline())]
+        answer = pool.submit(long_answer, plain.url, "none")
+        time.sleep(2)
+        begin = time.monotonic()
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            answer.result()
+        assert time.monotonic() - begin < 10
+        with contextlib.suppress(httpx.HTTPError):
+            assert httpx.get(f"{plain.url}/health").status_code == 503
+        assert process.wait(60) > 0
 
 
 def test_a_prompt_over_the_limit_gets_vllms_own_400(client: openai.OpenAI) -> None:
