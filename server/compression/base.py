@@ -1,0 +1,127 @@
+"""What compressors share: words, their scores, and the cut at a rate."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_WORD = re.compile(r"\s*\S+")
+FORCED = re.compile(r"^[\n.?!,]+$")
+_DIGIT = re.compile(r"\d")
+
+
+class CompressorError(ValueError):
+    """A compression that cannot be done; the message says why."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with the white space before it.
+
+    Attributes:
+        start, end: place in the text, white space included.
+        text: the characters.
+
+    """
+
+    start: int
+    end: int
+    text: str
+
+
+def split_words(text: str) -> list[Word]:
+    """Words of a text; joined they are the text, but for white space at its end."""
+    return [Word(m.start(), m.end(), m[0]) for m in _WORD.finditer(text)]
+
+
+def keep_words(
+    words: Sequence[Word],
+    scores: Sequence[float],
+    tokens: Sequence[int],
+    rate: float,
+    *,
+    keep_digits: bool = True,
+) -> str:
+    """The best words whose tokens are ``rate`` of all, in their order.
+
+    Args:
+        words: of a text.
+        scores: of each; higher stays.
+        tokens: of each in the served model, so that the rate is reached in its tokens.
+        rate: share of the tokens to keep, 0 to 1.
+        keep_digits: words with a digit always stay (LLMLingua-2's ``force_reserve_digit``).
+
+    Returns:
+        The shortened text. Words that always stay count toward the rate, and may exceed it; a line
+        break before a dropped word stays too.
+
+    """
+    forced = [bool(FORCED.match(w.text.strip())) or (keep_digits and _has_digit(w)) for w in words]
+    left = rate * sum(tokens) - sum(t for t, f in zip(tokens, forced, strict=True) if f)
+    kept = set()
+    for index in sorted(range(len(words)), key=lambda i: -scores[i]):
+        if forced[index]:
+            continue
+        left -= tokens[index]
+        if left < 0:
+            break
+        kept.add(index)
+    parts: list[str] = []
+    line_break = False  # before a dropped word, and still to come
+    for index, word in enumerate(words):
+        line_break = line_break or "\n" in word.text
+        if forced[index] or index in kept:
+            parts.append("\n" + word.text.lstrip() if line_break and parts else word.text)
+            line_break = False
+    return "".join(parts).lstrip(" ")
+
+
+def _has_digit(word: Word) -> bool:
+    return bool(_DIGIT.search(word.text))
+
+
+class Compressor(ABC):
+    """Scores the words of a text."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
+        """A score per word; higher is kept first.
+
+        Raises:
+            CompressorError: this text cannot be scored.
+
+        """
+
+
+def mean_by_word(
+    words: Sequence[Word], spans: Sequence[tuple[int, int]], values: Sequence[float]
+) -> list[float]:
+    """Mean of the values of each word's tokens; 0 for a word without any.
+
+    Args:
+        words: of a text, in order.
+        spans: start and end of each token in the text, in order; empty ones are special tokens.
+        values: of each token.
+
+    """
+    sums = [0.0] * len(words)
+    counts = [0] * len(words)
+    index = 0
+    for (start, end), value in zip(spans, values, strict=True):
+        if end <= start:
+            continue
+        # a token belongs to the word in which it ends: it may begin with the white space before
+        while index < len(words) and words[index].end < end:
+            index += 1
+        if index == len(words):
+            break
+        sums[index] += value
+        counts[index] += 1
+    return [s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)]
