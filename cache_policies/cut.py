@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from cache_policies.clock import Clock
 from cache_policies.codecs.affine import AffineCodec
 from cache_policies.retention.base import Seen
 
@@ -38,6 +39,7 @@ class Layer:
         pages: ``[num_pages, num_kv_heads, head_bytes]`` uint8.
         rope: the model's rotary embedding.
         scale: factor of the attention scores.
+        clock: adds up what is spent in it.
 
     """
 
@@ -48,6 +50,7 @@ class Layer:
     pages: torch.Tensor
     rope: Rope
     scale: float
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def heads(self) -> int:

@@ -49,14 +49,19 @@ class Step:
 
     def run(self, layer: Layer, tokens: Tokens, output: torch.Tensor) -> None:
         """Attend, append and cut in one layer."""
+        clock = layer.clock
+        clock.start()
         batch, cuts = self._batch(layer)
         kernel, pages = layer.kernel, layer.pages
         mass, reads = self._mass(layer, batch, cuts), self._reads(layer, batch, tokens)
         kernel.attend(pages, batch, *tokens, output, mass, reads)
         self._note_queries(layer, tokens.query)
+        clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
+        clock.lap("append")
         for cut in cuts:
             cut.run(layer, batch, tokens)
+        clock.lap("cut")
 
     @cached_property
     def _evicting(self) -> list[tuple[int, RequestState, Retention]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from cache_policies.policy import parse
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
 from server.api.plugin import MAX_BODY, engine_died
 from server.api.state import parse_aliases
+from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
 
 if TYPE_CHECKING:
@@ -60,6 +62,22 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: no limit)",
     )
     group.add_argument(
+        "--prompt-compressor",
+        metavar="MODEL",
+        help="folder or hub name of a token classifier, for prompt_compression by llmlingua-2",
+    )
+    group.add_argument(
+        "--prompt-compression",
+        type=_compression,
+        metavar="JSON",
+        help="""for requests that do not say, e.g. '{"method": "selective", "rate": 0.5}'""",
+    )
+    group.add_argument(
+        "--log-requests-json",
+        action="store_true",
+        help="a line of JSON per request on the standard output; nothing of its text",
+    )
+    group.add_argument(
         "--api-key-file", help="file with the API key, which then shows in no process list"
     )
     parser = make_arg_parser(parser)
@@ -102,6 +120,10 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
         parse_aliases(args.policy_alias, args.served_model_name or [args.model])
     args.additional_config = extra
     return args
+
+
+def _compression(text: str) -> PromptCompression:
+    return PromptCompression.of(json.loads(text))
 
 
 def _positive(text: str) -> int:

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from cache_policies.clock import Clock
 from cache_policies.cut import Layer, Tokens
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
@@ -31,6 +32,7 @@ from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.page import PageLayout
 from cache_policies.step import Step
 from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.metrics import cache_seconds
 from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
@@ -223,14 +225,14 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         count = attn_metadata.num_tokens
         if self._layer is None or self._layer.pages.data_ptr() != kv_cache.data_ptr():
             self._layer = self._make_layer(layer, kv_cache)
+        if _clock.begins_step(self._layer.index):
+            cache_seconds(_clock)
         tokens = Tokens(query[:count], key[:count], value[:count])
         if attn_metadata.step is not None:
             attn_metadata.step.run(self._layer, tokens, output[:count])
-            return output
-        kernel, pages, batch = self._layer.kernel, self._layer.pages, attn_metadata.batch
-        assert batch is not None
-        kernel.attend(pages, batch, *tokens, output[:count])
-        kernel.append(pages, batch, tokens.key, tokens.value)
+        else:
+            assert attn_metadata.batch is not None
+            _plain_step(self._layer, attn_metadata.batch, tokens, output[:count])
         return output
 
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
@@ -243,7 +245,20 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             pages=kv_cache.flatten(2),
             rope=model_rope(self._model_config),
             scale=self.scale,
+            clock=_clock,
         )
+
+
+_clock = Clock()  # of all layers of this worker
+
+
+def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor) -> None:
+    """A step in which no request drops or chooses anything."""
+    layer.clock.start()
+    layer.kernel.attend(layer.pages, batch, *tokens, output)
+    layer.clock.lap("attend")
+    layer.kernel.append(layer.pages, batch, tokens.key, tokens.value)
+    layer.clock.lap("append")
 
 
 def _is_full_attention(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.request import Request
 
+    from cache_policies.clock import Clock
     from cache_policies.policy import Method
     from cache_policies.vllm_plugin.facts import KVCacheFacts
     from cache_policies.vllm_plugin.manager import RingStoreManager
@@ -101,6 +102,21 @@ class CacheMetrics:
         self.requests.labels(name, str(request.get_finished_reason())).inc()
         self.dropped.labels(name).inc(facts.dropped_tokens)
         self.hits.labels(manager.codec).inc(facts.cached_tokens)
+
+
+@lru_cache(maxsize=1)
+def _seconds() -> Counter:
+    text = (
+        "Seconds of the workers in attention over the cache (counting of scores included), in "
+        "appending (absorbing included), and in choosing and moving what stays."
+    )
+    return Counter("kvthrift_cache_seconds", text, ("part",))
+
+
+def cache_seconds(clock: Clock) -> None:
+    """Count what a worker has spent since the last call, a step ago."""
+    for part, seconds in clock.take().items():
+        _seconds().labels(part).inc(seconds)
 
 
 @lru_cache(maxsize=1)

@@ -8,12 +8,18 @@ stream's last chunks, ``usage`` gets ``kv_cache``.
 from __future__ import annotations
 
 import json
+import logging
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
 
 from cache_policies.vllm_plugin.config import POLICY_KEY
 from cache_policies.vllm_plugin.facts import KV_CACHE
+from server.compression import CompressorError
+from server.compression.request import FIELD as COMPRESSION
+from server.compression.request import Report, compress_request
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
     from server.api.state import ServerState
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
-NOT_YET = ("prompt_compression",)  # named in the API's plan; never accepted and ignored
+LOG = logging.getLogger("kvthrift.requests")
 
 
 class RefusalError(Exception):
@@ -39,22 +45,34 @@ class RefusalError(Exception):
         return JSONResponse({"error": error}, self.status, self.headers)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What is refused, and what is logged.
+
+    Attributes:
+        max_body: most bytes of a request's body.
+        max_requests: most requests under way in this process; None: no limit.
+        log: write a line of JSON per request.
+
+    """
+
+    max_body: int
+    max_requests: int | None = None
+    log: bool = False
+
+
 class PolicyMiddleware:
     """ASGI middleware.
 
     Args:
         app: what it stands around.
         state: of this process.
-        max_body: most bytes of a request's body.
-        max_requests: most requests under way in this process; None: no limit.
+        limits: of requests.
 
     """
 
-    def __init__(
-        self, app: ASGIApp, state: ServerState, max_body: int, max_requests: int | None
-    ) -> None:
-        self._app, self._state = app, state
-        self._max_body, self._max_requests = max_body, max_requests
+    def __init__(self, app: ASGIApp, state: ServerState, limits: Limits) -> None:
+        self._app, self._state, self._limits = app, state, limits
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,42 +80,68 @@ class PolicyMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             await self._app(scope, receive, send)
             return
+        begin = time.monotonic()
+        answer = _Answer(self._state, send)
         try:
-            if self._max_requests is not None and self._running >= self._max_requests:
+            limit = self._limits.max_requests
+            if limit is not None and self._running >= limit:
                 message = f"{self._running} requests are under way already; try again later"
                 raise RefusalError(429, message, **{"Retry-After": "1"})
-            body = await _read_body(scope, receive, self._max_body)
-            if body is None:
-                return
-            body = self._translate(body)
+            self._running += 1
+            try:
+                await self._answer(scope, receive, answer)
+            finally:
+                self._running -= 1
         except RefusalError as refusal:
-            await refusal.response()(scope, receive, send)
-            return
-        self._running += 1
-        try:
-            answer = _Answer(self._state, send)
-            await self._app(_with_length(scope, body), _replay(body, receive), answer.send)
+            await refusal.response()(scope, receive, answer.send)
         finally:
-            self._running -= 1
+            if self._limits.log:
+                _log(scope, answer, time.monotonic() - begin)
 
-    def _translate(self, body: bytes) -> bytes:
-        """The body vLLM gets; what is not JSON is left to vLLM's own refusal."""
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        body = await _read_body(scope, receive, self._limits.max_body)
+        if body is None:
+            return
+        body, answer.compression = await self._translate(body)
+        await self._app(_with_length(scope, body), _replay(body, receive), answer.send)
+
+    async def _translate(self, body: bytes) -> tuple[bytes, Report | None]:
+        """The body vLLM gets; what is not JSON is left to vLLM's own refusal.
+
+        Raises:
+            RefusalError: it asks for what cannot be.
+
+        """
         try:
             asked = json.loads(body)
         except (ValueError, RecursionError):
-            return body
+            return body, None
         if not isinstance(asked, dict):
-            return body
-        for name in NOT_YET:
-            if asked.get(name) is not None:
-                raise RefusalError(400, f"{name} is not supported by this version", name)
+            return body, None
+        named = self._name_method(asked)
+        report = await self._compress(asked)
+        return (json.dumps(asked).encode() if named or report else body), report
+
+    async def _compress(self, asked: dict[str, Any]) -> Report | None:
+        """Shorten the prompt, where the request or the server's default says so."""
+        wanted = asked.pop(COMPRESSION, None)
+        try:
+            found = await self._state.compressor(wanted)
+            if found is None:
+                return None
+            return await compress_request(asked, *found, self._state.count_tokens)
+        except CompressorError as error:
+            raise RefusalError(400, str(error), COMPRESSION) from None
+
+    def _name_method(self, asked: dict[str, Any]) -> bool:
+        """Turn a model name that carries a method into the model and the method."""
         model = asked.get("model")
         found = self._state.resolve(model) if isinstance(model, str) else None
         if found is None:
-            return body
+            return False
         extra = asked.get("vllm_xargs") or {}
         if not isinstance(extra, dict):
-            return body
+            return False
         if extra.get(POLICY_KEY) is not None:
             raise RefusalError(
                 400,
@@ -106,7 +150,7 @@ class PolicyMiddleware:
             )
         asked["model"] = found[0]
         asked["vllm_xargs"] = {**extra, POLICY_KEY: found[1]}
-        return json.dumps(asked).encode()
+        return True
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
@@ -161,10 +205,15 @@ class _Answer:
         self._state, self._send = state, send
         self._start: Message | None = None
         self._parts: list[bytes] = []
-        self._facts: dict[str, Any] | None = None
+        self.facts: dict[str, Any] | None = None
+        self.compression: Report | None = None
+        self.status = 0
+        self.id: str | None = None
+        self.usage: dict[str, Any] = {}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.status = message["status"]
             if _is_json(message) and message["status"] == 200:
                 self._start = message  # its length is not known yet
                 return
@@ -192,8 +241,7 @@ class _Answer:
             # the way by which vLLM carries it; ours alone, since KV connectors are refused
             params.pop(KV_CACHE, None)
             answer["kv_transfer_params"] = params or None
-        if found and isinstance(answer.get("usage"), dict):
-            answer["usage"][KV_CACHE] = found
+        self._complete(answer, found)
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
     def _chunk(self, body: bytes) -> bytes:
@@ -205,16 +253,27 @@ class _Answer:
             return event
         chunk = json.loads(event[6:])
         found = self._take(chunk)
-        if found is None:
+        if found is None and self.compression is None:
             return event
-        chunk["usage"][KV_CACHE] = found
+        self._complete(chunk, found)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
+    def _complete(self, answer: dict[str, Any], held: dict[str, Any] | None) -> None:
+        usage = answer.get("usage")
+        if not isinstance(usage, dict):
+            return
+        if held:
+            usage[KV_CACHE] = held
+        if self.compression:
+            usage[COMPRESSION] = self.compression.model_dump()
+        self.usage = usage
+
     def _take(self, answer: dict[str, Any]) -> dict[str, Any] | None:
-        found = self._state.take(str(answer.get("id")))
+        self.id = str(answer.get("id"))
+        found = self._state.take(self.id)
         if found:
-            self._facts = _together(found)
-        return self._facts
+            self.facts = _together(found)
+        return self.facts
 
 
 def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -225,6 +284,23 @@ def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
     whole = sum((f["compression_ratio"] or 0) * f["bytes"] for f in found)
     ratio = round(whole / summed["bytes"], 4) if summed["bytes"] else None
     return {**found[0], **summed, "compression_ratio": ratio}
+
+
+def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
+    """A line about a request; nothing of its prompt or answer."""
+    headers = dict(scope["headers"])
+    line = {
+        "time": round(time.time(), 3),
+        "request_id": headers.get(b"x-request-id", b"").decode(errors="replace")[:128] or answer.id,
+        "path": scope["path"],
+        "status": answer.status or None,  # none: the client left before the answer began
+        "policy": answer.facts and answer.facts["policy"],
+        "prompt_tokens": answer.usage.get("prompt_tokens"),
+        "output_tokens": answer.usage.get("completion_tokens"),
+        "kv_bytes": answer.facts and answer.facts["bytes"],
+        "seconds": round(seconds, 4),
+    }
+    LOG.info(json.dumps(line))
 
 
 def _is_json(message: Message) -> bool:

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse
 
 from cache_policies.vllm_plugin.facts import KV_CACHE
-from server.api.middleware import PolicyMiddleware
+from server.api.middleware import LOG, Limits, PolicyMiddleware
 from server.api.policies import router
 from server.api.state import ServerState, parse_aliases
+from server.compression import Compressor, LLMLingua2, SelectiveContext
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -46,12 +49,14 @@ class PolicyEndpoints:
         app.include_router(router)
         app.add_api_route("/v1/models", _models, methods=["GET"])
         args = app.state.args
-        app.add_middleware(
-            PolicyMiddleware,
-            state=self._state,
-            max_body=getattr(args, "max_request_bytes", MAX_BODY),
-            max_requests=getattr(args, "max_concurrent_requests", None),
+        limits = Limits(
+            getattr(args, "max_request_bytes", MAX_BODY),
+            getattr(args, "max_concurrent_requests", None),
+            log=getattr(args, "log_requests_json", False),
         )
+        if limits.log:
+            _log_plain_lines()
+        app.add_middleware(PolicyMiddleware, state=self._state, limits=limits)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine's configuration, and watch what its requests held."""
@@ -61,8 +66,29 @@ class PolicyEndpoints:
         ours.names = list(args.served_model_name or [args.model])
         ours.aliases = parse_aliases(getattr(args, "policy_alias", None) or [], ours.names)
         _watch(engine_client, ours)
+        ours.engine = engine_client
+        ours.compressors = _compressors(engine_client, getattr(args, "prompt_compressor", None))
+        ours.compression = getattr(args, "prompt_compression", None)
+        await ours.compressor(None)  # a default that cannot be done ends the start
         manager = getattr(engine_client.engine_core.resources, "engine_manager", None)
         _processes[:] = manager.processes if manager else []
+
+
+def _compressors(engine_client: Any, classifier: str | None) -> dict[str, Compressor]:
+    """Those this server can offer."""
+    found: list[Compressor] = [SelectiveContext(engine_client)]
+    if classifier:
+        found.insert(0, LLMLingua2(classifier))
+    return {compressor.name: compressor for compressor in found}
+
+
+def _log_plain_lines() -> None:
+    """Each line of the request log is JSON and nothing else, on the standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
 
 
 def _watch(engine_client: Any, state: ServerState) -> None:

@@ -13,6 +13,8 @@ from cache_policies.errors import PolicyError
 from cache_policies.policy import parse_method
 from cache_policies.vllm_plugin.config import settings
 from server.api.schemas import Shape
+from server.compression import Compressor, CompressorError
+from server.compression.request import PromptCompression
 
 if TYPE_CHECKING:
     from cache_policies.policy import Policy
@@ -30,6 +32,9 @@ class ServerState:
         names: served model names.
         aliases: further model names, each standing for a method.
         facts: by request id, what ended requests held; taken by their response.
+        engine: vLLM's engine client; None until it is up.
+        compressors: of prompts, by name.
+        compression: what happens to prompts that do not say.
 
     """
 
@@ -37,6 +42,31 @@ class ServerState:
     names: list[str] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engine: Any = None
+    compressors: dict[str, Compressor] = field(default_factory=dict)
+    compression: PromptCompression | None = None
+
+    async def compressor(self, wanted: object) -> tuple[PromptCompression, Compressor] | None:
+        """How a request's prompt is compressed, and what does it; None: not at all.
+
+        Raises:
+            CompressorError: a bad wish, or one this server cannot fulfil.
+
+        """
+        how = self.compression if wanted is None else PromptCompression.of(wanted)
+        if how is None or how.method == "none":
+            return None
+        if how.method not in self.compressors:
+            raise CompressorError(
+                f"this server has no compressor {how.method!r} (kvthrift serve "
+                f"--prompt-compressor MODEL); it has: {', '.join(self.compressors)}"
+            )
+        return how, self.compressors[how.method]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of the served model, without special ones."""
+        tokenizer = self.engine.renderer.get_tokenizer()
+        return len(tokenizer.encode(text, add_special_tokens=False))
 
     @property
     def model(self) -> str:

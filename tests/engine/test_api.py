@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 
+from cache_policies.clock import PARTS
 from loadtest.process import running_server
 from tests.engine.conftest import FLAGS, long_answer
 
@@ -99,6 +100,37 @@ def test_streams_chats_several_prompts_and_samples_say_it_too(client: openai.Ope
     assert held(many)["policy"] == "snapkv(budget=96)+kivi-4bit"
 
 
+def test_a_prompt_is_compressed_and_the_question_stays(client: openai.OpenAI) -> None:
+    text = prompt("compress") + "The code of the door is 4711. " + NOISE * 5
+    ask: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "logprobs": 1}
+    how = {"method": "selective", "rate": 0.3}
+    question = "\nThe code of the door is"
+    done = client.completions.create(
+        model="fast", prompt=text + question, extra_body={"prompt_compression": how}, **ask
+    )
+    report = done.usage.prompt_compression  # type: ignore[union-attr]
+    assert report["method"] == "selective"
+    assert report["compressed_tokens"] < 0.4 * report["original_tokens"]
+    assert done.usage.prompt_tokens == report["compressed_tokens"]  # type: ignore[union-attr]
+    assert "4711" in done.choices[0].text  # digits stay
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": text + question}], max_tokens=3,
+        stream=True, stream_options={"include_usage": True},
+        extra_body={"prompt_compression": how},
+    )  # fmt: skip
+    last = list(stream)[-1]
+    assert last.usage.prompt_compression["rate"] == 0.3  # type: ignore[union-attr]
+    assert held(last)["policy"] == "kivi-4bit"
+    for wrong, says in (
+        ({"method": "gzip"}, "method: Input should be"),
+        ({"method": "llmlingua-2"}, "no compressor 'llmlingua-2'"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.completions.create(
+                model=MODEL, prompt="x", extra_body={"prompt_compression": wrong}
+            )
+
+
 def test_aliases_are_listed_and_bad_names_are_refused(client: openai.OpenAI) -> None:
     cards = {m.id: m for m in client.models.list()}
     assert set(cards) == {MODEL, "fast"}
@@ -159,7 +191,9 @@ def test_metrics_are_named_and_typed_as_prometheus_wants(server: Server) -> None
     text = httpx.get(f"{server.url}/metrics").text
     ours = [line for line in text.splitlines() if re.match(r"(# \w+ )?kvthrift_", line)]
     names = {line.split()[2] for line in ours if line.startswith("# TYPE")}
-    assert len(names) == 14
+    assert len(names) == 15
+    spent = {p: _value(text, f'kvthrift_cache_seconds_total{{part="{p}"}}') for p in PARTS}
+    assert all(seconds > 0 for seconds in spent.values())
     assert {"kvthrift_kv_used_bytes", "kvthrift_tokens_dropped_total"} <= names
     for name in names:
         kind = next(x.split()[3] for x in ours if x.startswith(f"# TYPE {name} "))
@@ -167,6 +201,11 @@ def test_metrics_are_named_and_typed_as_prometheus_wants(server: Server) -> None
         assert any(line.startswith(f"# HELP {name} ") for line in ours)
     assert any(line.startswith("kvthrift_policy_info{") and line.endswith(" 1.0") for line in ours)
     assert "vllm:kv_cache_usage_perc" in text
+
+
+def _value(text: str, name: str) -> float:
+    (line,) = (x for x in text.splitlines() if x.startswith(name))
+    return float(line.rsplit(" ", 1)[1])
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool on this machine")

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from cache_policies.errors import PolicyError
-from server.api.middleware import PolicyMiddleware
+from server.api.middleware import LOG, Limits, PolicyMiddleware
 from server.api.state import ServerState, parse_aliases
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Server:
             for path in ("/v1/completions", "/v1/chat/completions", "/v1/other")
         ]
         app = Starlette(routes=routes)
-        self.app = PolicyMiddleware(app, self.state, max_body, max_requests)
+        self.app = PolicyMiddleware(app, self.state, Limits(max_body, max_requests, log=True))
 
     async def answer(self, request: Request) -> Any:
         self.raw = await request.body()
@@ -139,7 +139,10 @@ def test_what_is_refused() -> None:
     server = Server(max_body=1000)
     twice = {"model": "fast", "vllm_xargs": {"cache_policy": "h2o"}}
     refused(server.post(twice), 400, "given twice")
-    refused(server.post({"model": "m", "prompt_compression": {}}), 400, "prompt_compression")
+    refused(server.post({"model": "m", "prompt_compression": {}}), 400, "method: Field required")
+    wanted = {"method": "llmlingua-2"}
+    answer = server.post({"model": "m", "prompt": "x", "prompt_compression": wanted})
+    refused(answer, 400, "no compressor 'llmlingua-2'")
     refused(server.post({"model": "m" * 1000}), 413, "over 1000 bytes")
     assert not server.asked
     assert server.post(b"x" * 2000, path="/v1/other").status_code == 400  # not ours: no limit
@@ -182,6 +185,21 @@ def test_requests_over_the_limit_get_429_and_a_time_to_wait() -> None:
     refused(third, 429, "2 requests are under way")
     assert third.headers["retry-after"] == "1"
     assert first.status_code == second.status_code == fourth.status_code == 200
+
+
+def test_a_log_line_says_who_and_what_but_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger=LOG.name):
+        Server().post({"model": "m", "prompt": "secret"}, headers={"X-Request-Id": "abc"})
+        Server(max_body=5).post({"model": "m", "prompt": "secret"})
+    first, second = (json.loads(r.getMessage()) for r in caplog.records if r.name == LOG.name)
+    assert first.pop("time") > 0
+    assert first.pop("seconds") >= 0
+    assert first == {
+        "request_id": "abc", "path": "/v1/completions", "status": 200,
+        "policy": "snapkv+kivi-4bit", "prompt_tokens": 10, "output_tokens": 3, "kv_bytes": 100,
+    }  # fmt: skip
+    assert second["status"] == 413
+    assert "secret" not in caplog.text
 
 
 def test_facts_that_no_response_takes_do_not_pile_up() -> None:
