@@ -18,7 +18,7 @@ from rich.markup import escape
 from loadtest import display
 from loadtest.arrivals import ARRIVALS, parse_arrivals
 from loadtest.client import ENDPOINTS, Target, find_target
-from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.errors import CANNOT_WRITE, TOO_MANY_ERRORS, LoadTestError
 from loadtest.goodput import Goals, highest_rate
 from loadtest.scrape import USUAL
 from loadtest.session import Settings, build_items, measure
@@ -137,10 +137,13 @@ def loadtest(
     )
     _make_folder(out)
     if search:
+        if len(arrivals) > 1:
+            raise LoadTestError("--search takes one --arrivals, whose rate it changes")
         _search(settings, target, search, attainment, out, warm_cache=warm_cache)
         return
     loads = [parse_arrivals(text) for text in arrivals]
     done: list[Summary] = []
+    folders: list[Path] = []
     status = 0
     for load in loads:
         folder = out if len(loads) == 1 else out / safe_name(str(load))
@@ -148,10 +151,11 @@ def loadtest(
         one = replace(settings, arrivals=load)
         summary, code = run_once(one, target, folder, warm_cache=warm_cache)
         done.append(summary)
+        folders.append(folder)
         status = status or code
         if summary.stopped:
             break
-    finish([out], out, done)
+    finish(folders, out, done)
     raise typer.Exit(status)
 
 
@@ -204,10 +208,11 @@ def _search(
         )
         folder = out / f"rate-{rate:.3g}"
         folder.mkdir(parents=True, exist_ok=True)
-        summary, _ = run_once(one, target, folder, warm_cache=warm_cache)
+        summary, status = run_once(one, target, folder, warm_cache=warm_cache)
+        if summary.stopped and status != TOO_MANY_ERRORS:
+            raise LoadTestError(f"the search ended: {summary.stopped}", status)
         trials.append((rate, summary))
-        assert summary.goodput is not None
-        return summary.goodput.share
+        return summary.goodput.share if summary.goodput else 0.0
 
     best = highest_rate(attained, float(match[1]), float(match[2]), wanted)
     found = {
@@ -217,7 +222,8 @@ def _search(
         "trials": [{"rate": r, "share": s.goodput.share if s.goodput else None} for r, s in trials],
     }
     (out / "search.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    finish([out], out, [s for _, s in sorted(trials, key=lambda t: t[0])])
+    trials.sort(key=lambda trial: trial[0])
+    finish([out / f"rate-{r:.3g}" for r, _ in trials], out, [s for _, s in trials])
     if best is None:
         console.print(f"not even {match[1]} requests/s meets the goals")
         raise typer.Exit(1)

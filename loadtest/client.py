@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import ssl
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 
@@ -162,34 +164,42 @@ class Client:
 
     async def send(self, item: Item, record: Record) -> None:
         """Send an item and complete its record. A failure is written there, never raised."""
-        route, body = self.target.body(item)
-        headers = {"Content-Type": "application/json", "X-Request-Id": record.id}
         http = self._borrow()
-        # all that can be done before the clock starts
-        request = http.build_request(
-            "POST", route, content=json.dumps(body).encode(), headers=headers
-        )
-        record.sent = self.now()
         try:
-            response = await http.send(request, stream=True)
-            try:
-                if response.is_success:
-                    await self._read(response, record)
-                else:
-                    text = (await response.aread())[:500].decode(errors="replace")
-                    record.fail(f"http_{response.status_code}", text.strip() or "no body")
-            finally:
-                await response.aclose()
-        except httpx.TimeoutException as error:
-            record.fail("timeout", f"{type(error).__name__} after {self.target.timeout:g} s")
+            # all that can be done before the clock starts
+            request = self._request(http, item)
+            record.sent = self.now()
+            async with asyncio.timeout(self.target.timeout):
+                response = await http.send(request, stream=True)
+                try:
+                    await self._receive(response, record)
+                finally:
+                    await response.aclose()
+        except (httpx.TimeoutException, TimeoutError):
+            record.fail("timeout", f"not whole after {self.target.timeout:g} s")
         except httpx.ConnectError as error:
             record.fail("connect", str(error))
         except httpx.HTTPError as error:
             kind = "stream_cut" if record.events else "connection"
             record.fail(kind, f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever one request does, the others go on
+            record.fail("client", f"{type(error).__name__}: {error}")
         finally:
             record.finished = self.now()
             self._free.append(http)
+
+    def _request(self, http: httpx.AsyncClient, item: Item) -> httpx.Request:
+        route, body = self.target.body(item)
+        headers = {"Content-Type": "application/json", "X-Request-Id": quote(item.id)}
+        content = json.dumps(body).encode()
+        return http.build_request("POST", route, content=content, headers=headers)
+
+    async def _receive(self, response: httpx.Response, record: Record) -> None:
+        if response.is_success:
+            await self._read(response, record)
+            return
+        text = (await response.aread())[:500].decode(errors="replace")
+        record.fail(f"http_{response.status_code}", text.strip() or "no body")
 
     async def _read(self, response: httpx.Response, record: Record) -> None:
         done = False
@@ -198,8 +208,10 @@ class Client:
                 done = True
                 continue
             try:
-                _read_event(json.loads(data), when, record)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                event = json.loads(data)
+                _read_event(event, when, record, counts_events=self.target.is_vllm)
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                    RecursionError) as error:  # fmt: skip
                 record.fail("invalid_sse", f"{type(error).__name__}: {error} in {data[:200]!r}")
             if record.error_kind:
                 return
@@ -207,11 +219,14 @@ class Client:
             record.fail("stream_cut", "the stream ended without [DONE]")
         elif record.output_tokens is None:
             record.fail("no_usage", "the stream has no usage field: tokens cannot be counted")
+        if len(record.event_tokens) != len(record.events):
+            record.event_tokens.clear()
 
 
 def new_record(item: Item, scheduled: float) -> Record:
     """A record of an item that was not sent yet."""
-    digest = hashlib.sha256(item.prompt.encode()).hexdigest()[:12]
+    text = item.prompt.encode(errors="surrogatepass")
+    digest = hashlib.sha256(text).hexdigest()[:12]
     return Record(item.id, item.task, item.category, digest, dict(item.tags), scheduled=scheduled)
 
 
@@ -233,13 +248,23 @@ async def _events(
         yield now(), rest[5:].strip().decode(errors="replace")
 
 
-def _read_event(event: dict[str, Any], when: float, record: Record) -> None:
-    """Put what an event says into the record."""
+def _read_event(event: dict[str, Any], when: float, record: Record, *, counts_events: bool) -> None:
+    """Put what an event says into the record.
+
+    Args:
+        event: parsed data of the event.
+        when: it arrived.
+        record: to complete.
+        counts_events: whether the server counts tokens in every event; others may put their only
+            usage into an event with choices.
+
+    """
     if error := event.get("error"):
         record.fail("server_error", str(error)[:500])
         return
     brought = False
-    for choice in event.get("choices", ()):
+    choices = event.get("choices") or ()
+    for choice in choices:
         delta = choice.get("delta") or {}
         text = choice.get("text") or delta.get("content") or delta.get("reasoning_content")
         if text:
@@ -247,16 +272,16 @@ def _read_event(event: dict[str, Any], when: float, record: Record) -> None:
         brought = brought or bool(text or delta.get("tool_calls"))
         record.finish_reason = choice.get("finish_reason") or record.finish_reason
     usage = event.get("usage")
-    if usage:
+    if usage and usage.get("completion_tokens") is not None:
         new = int(usage["completion_tokens"]) - (record.output_tokens or 0)
         # vLLM counts in every event; a token may bring no text yet (half a character)
-        brought = brought or (new > 0 and bool(event.get("choices")))
+        brought = brought or (counts_events and new > 0 and bool(choices))
         record.usage = usage
-        record.prompt_tokens = int(usage["prompt_tokens"])
+        record.prompt_tokens = int(usage.get("prompt_tokens") or 0)
         record.output_tokens = int(usage["completion_tokens"])
         details = usage.get("prompt_tokens_details") or {}
         record.cached_tokens = details.get("cached_tokens")
-        if event.get("choices") and brought:
+        if counts_events and choices and brought:
             record.event_tokens.append(new)
     if brought:
         record.events.append(when)

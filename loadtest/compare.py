@@ -114,6 +114,7 @@ class Comparison:
             "flags": list(self.flags),
             "workload": str(self.settings.workload),
             "seed": self.settings.seed,
+            "goals": self.settings.goals.limits if self.settings.goals else None,
         }
 
     def servers(self) -> dict[str | None, list[Variant]]:
@@ -208,9 +209,10 @@ def _serve(
         with running_server(comparison.arguments(policy), log, on_wait=waiting) as server:
             note.stop()
             for variant, arrivals, folder in work:
-                status = status or _run(comparison, variant, arrivals, folder, server)
-                if status > SOME_FAILED:
-                    break
+                code = _run(comparison, variant, arrivals, folder, server)
+                status = status or code
+                if code > SOME_FAILED:
+                    return code
     return status
 
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-FAULTS = ("none", "401", "429", "500", "cut", "invalid_sse", "no_usage", "error_event", "no_done")
+FAULTS = (
+    "none", "401", "429", "500", "cut", "invalid_sse", "no_usage", "error_event", "no_done",
+    "usage_with_choices",
+)  # fmt: skip
 MODEL = "mock"
 POOL_REQUESTS = 64  # requests that fill its KV cache
 
@@ -154,7 +157,7 @@ async def _stream(
             for index in range(count):
                 due += behaviour.ttft if index == 0 else behaviour.itl
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                if index == count // 2 and fault != "none":
+                if index == count // 2:
                     if fault == "cut":
                         raise ConnectionError("mock: cut")
                     if fault == "invalid_sse":
@@ -169,7 +172,8 @@ async def _stream(
             state.use.dec(1 / POOL_REQUESTS)
     if fault != "no_usage":
         usage = {"prompt_tokens": len(words), "completion_tokens": count}
-        yield b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+        choices = [{"text": "", "delta": {}}] if fault == "usage_with_choices" else []
+        yield b"data: " + json.dumps({"choices": choices, "usage": usage}).encode() + b"\n\n"
     state.prompt.inc(len(words))
     state.output.inc(count)
     state.success.inc()

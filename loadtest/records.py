@@ -11,6 +11,7 @@ from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads.jsonl import read_jsonl
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 OK = "ok"
@@ -97,37 +98,60 @@ class Record:
 
 
 class RecordFile:
-    """``requests.jsonl``: a line per finished request, written at once.
+    """``requests.jsonl``: a line per finished request, added at once.
 
     Raises:
         LoadTestError: it cannot be written, e.g. the disk is full.
 
     """
 
-    def __init__(self, path: Path, *, append: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = path.open("a" if append else "w", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise self._broken(error) from None
-
-    def _broken(self, error: OSError) -> LoadTestError:
-        return LoadTestError(f"cannot write {self._path}: {error.strerror}", CANNOT_WRITE)
+            raise _broken(path, error) from None
 
     def write(self, record: Record) -> None:
         """Add a record."""
         try:
-            self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
         except OSError as error:
-            raise self._broken(error) from None
+            raise _broken(self._path, error) from None
 
     def close(self) -> None:
         """Close the file; what could not be written was reported when it was tried."""
         try:
             self._file.close()
         except OSError as error:
-            raise self._broken(error) from None
+            raise _broken(self._path, error) from None
+
+
+def _line(record: Record) -> str:
+    # ASCII: an answer may hold half a character, which no encoding takes
+    return json.dumps(asdict(record)) + "\n"
+
+
+def _broken(path: Path, error: OSError) -> LoadTestError:
+    return LoadTestError(f"cannot write {path}: {error.strerror}", CANNOT_WRITE)
+
+
+def write_records(records: Iterable[Record], path: Path) -> None:
+    """Write the whole file anew; the old one stays until the new one is complete.
+
+    Raises:
+        LoadTestError: it cannot be written.
+
+    """
+    new = path.with_suffix(".new")
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, records))
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise _broken(path, error) from None
 
 
 def read_records(path: Path) -> list[Record]:

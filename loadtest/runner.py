@@ -13,7 +13,7 @@ from loadtest.errors import INTERRUPTED, TOO_MANY_ERRORS, LoadTestError
 from loadtest.records import CANCELLED, ERROR, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from loadtest.arrivals import Schedule
     from loadtest.client import Client
@@ -66,7 +66,6 @@ class Runner:
         items: what to send, in order.
         schedule: when; its due times are those of ``items``.
         file: gets every record as soon as its request ends.
-        finish: completes a record (scores it) before it is written.
         max_error_rate: share of failed requests above which the run stops.
 
     """
@@ -77,21 +76,25 @@ class Runner:
         items: Sequence[Item],
         schedule: Schedule,
         file: RecordFile,
-        finish: Callable[[Item, Record], None],
         max_error_rate: float = 1.0,
     ) -> None:
         self._client = client
         self._items = items
         self._schedule = schedule
         self._file = file
-        self._finish = finish
         self._max_error_rate = max_error_rate
         self._stop = asyncio.Event()
+        self._done = False
         self.progress = Progress(len(items))
         self.outcome = Outcome()
 
-    async def run(self) -> Outcome:
-        """Send everything, or stop early: on SIGINT, SIGTERM, too many errors, a full disk."""
+    async def run(self, then: Callable[[], Awaitable[None]]) -> Outcome:
+        """Send everything, or stop early: on SIGINT, SIGTERM, too many errors, a full disk.
+
+        Args:
+            then: what to wait for afterwards, still without heed of signals.
+
+        """
         work = self._closed() if self._schedule.due is None else self._open()
         main = asyncio.ensure_future(work)
         stopper = asyncio.ensure_future(self._stop.wait())
@@ -103,6 +106,8 @@ class Runner:
                     if not task.done():
                         task.cancel()
                 results = await asyncio.gather(main, stopper, return_exceptions=True)
+            self._done = True
+            await then()
         if isinstance(results[0], Exception):
             raise results[0]
         return self.outcome
@@ -110,18 +115,19 @@ class Runner:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        for kind in kinds:
+        before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+        for kind in before:
             loop.add_signal_handler(kind, self.stop, f"{kind.name} received", INTERRUPTED)
         try:
             yield
         finally:
-            for kind in kinds:
+            for kind, handler in before.items():
                 loop.remove_signal_handler(kind)
+                signal.signal(kind, handler)  # which removing has set to the default
 
     def stop(self, why: str, status: int) -> None:
         """End the run now; requests under way are cancelled and written down so."""
-        if not self.outcome.stopped:
+        if not self.outcome.stopped and not (self._done and status == INTERRUPTED):
             self.outcome.stopped, self.outcome.status = why, status
         self._stop.set()
 
@@ -164,7 +170,6 @@ class Runner:
             raise
         finally:
             progress.running -= 1
-        self._finish(item, record)
         self._keep(record)
         progress.done += 1
         progress.errors += record.status == ERROR

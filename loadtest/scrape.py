@@ -87,7 +87,7 @@ class Scraper:
         now: seconds since the start of the run.
         names: regular expression of wanted names.
         pid: process whose tree's memory and CPU are read too.
-        headers: sent with each request.
+        headers: sent with requests to a URL.
 
     """
 
@@ -97,13 +97,14 @@ class Scraper:
         now: Callable[[], float] = time.monotonic,
         names: str = USUAL,
         pid: int | None = None,
-        headers: dict[str, str] | None = None,
+        headers: dict[str, dict[str, str]] | None = None,
     ) -> None:
         self._urls = urls
         self._now = now
         self._names = names
         self._pid = pid
-        self._http = httpx.AsyncClient(timeout=5.0, headers=headers)
+        self._headers = headers or {}
+        self._http = httpx.AsyncClient(timeout=5.0)
         self.samples: list[Sample] = []
         self.failed = 0
 
@@ -112,7 +113,7 @@ class Scraper:
         found: list[Sample] = []
         for url in self._urls:
             try:
-                response = await self._http.get(url)
+                response = await self._http.get(url, headers=self._headers.get(url))
                 response.raise_for_status()
                 found += parse_metrics(response.text, self._names, self._now(), url)
             except (httpx.HTTPError, ValueError):
@@ -174,12 +175,22 @@ def write_samples(samples: list[Sample], path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read ``metrics.csv`` back; nothing if there is none."""
+    """Read ``metrics.csv`` back; nothing if there is none.
+
+    Raises:
+        LoadTestError: it is not one, or was cut short.
+
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [
-        Sample(float(r["time"]), r["source"], r["name"], json.loads(r["labels"]), float(r["value"]))
-        for r in rows
-    ]
+    try:
+        return [_sample(row) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise LoadTestError(f"{path}: not written whole: {error}") from None
+
+
+def _sample(row: dict[str, str]) -> Sample:
+    labels = json.loads(row["labels"])
+    return Sample(float(row["time"]), row["source"], row["name"], labels, float(row["value"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import platform
@@ -22,9 +23,10 @@ from loadtest.arrivals import Schedule
 from loadtest.client import Client, Target, new_record
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.quality import METRICS, score
-from loadtest.records import OK, Record, RecordFile, read_records
+from loadtest.records import OK, Record, RecordFile, write_records
+from loadtest.resume import REQUESTS, begin
 from loadtest.runner import Runner
-from loadtest.scrape import KV_USE, RUNNING, USUAL, Scraper, read_samples, total, write_samples
+from loadtest.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
 from loadtest.server_side import check_counters
 from loadtest.summary import Setup, Summary, summarize
 from loadtest.tokens import ApproximateTokenizer, LocalTokenizer, ServerTokenizer, Tokenizer
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from loadtest.runner import Progress
     from loadtest.scrape import Sample
 
-REQUESTS, METRICS_CSV, SUMMARY = "requests.jsonl", "metrics.csv", "summary.json"
+METRICS_CSV, SUMMARY = "metrics.csv", "summary.json"
 WARMUP_TOKENS = 256
 IDLE_SECONDS = 10.0  # longest wait for the server to become idle
 
@@ -100,21 +102,16 @@ async def measure(
         settings.arrivals, [i.at for i in items], settings.seed, settings.max_concurrency
     )
     setup = describe(settings, target, hash_items(items), schedule)
-    kept = _kept(settings, folder, items)
-    before = read_samples(folder / METRICS_CSV) if kept else []
+    kept = begin(folder, setup, resume=settings.resume)
     # a resumed run goes on where the clock of the first part stopped
     offset = max((r.finished for r in kept), default=0.0)
     left = [i for i in items if i.id not in {r.id for r in kept}]
     file = RecordFile(folder / REQUESTS)
-    for record in kept:
-        file.write(record)
     await _warm_up(settings, target)
     client = Client(_salted(target, settings), time.monotonic())
-    urls = [f"{target.url}/metrics"] if settings.metrics is None else list(settings.metrics)
-    scraper = Scraper(urls, client.now, settings.metric_names, settings.pid, target.headers)
-    runner = Runner(
-        client, left, _later(schedule, items, left, offset), file, finish, settings.max_error_rate
-    )
+    scraper = _scraper(settings, target, client)
+    later = _later(schedule, items, left, offset)
+    runner = Runner(client, left, later, file, settings.max_error_rate)
     try:
         await _idle(scraper)
         scraper.samples[:] = [replace(s, time=offset) for s in await scraper.once()]
@@ -128,38 +125,44 @@ async def measure(
         file.close()
     except LoadTestError as error:
         runner.stop(str(error), error.status)
-    samples = before + scraper.samples
+    records = kept + outcome.records
+    _score(items, records)
     summary = summarize(
-        setup, kept + outcome.records, samples, planned=len(items), stopped=outcome.stopped,
+        setup, records, scraper.samples, planned=len(items), stopped=outcome.stopped,
         goals=settings.goals, failed_scrapes=scraper.failed,
         checks=check_counters(outcome.records, scraper.samples),
     )  # fmt: skip
-    _write(summary, samples, folder)
+    _write(summary, records, scraper.samples, folder)
     failed = summary.requests.errors > 0
     return summary, outcome.status or (SOME_FAILED if failed else 0)
 
 
-def _write(summary: Summary, samples: list[Sample], folder: Path) -> None:
+def _scraper(settings: Settings, target: Target, client: Client) -> Scraper:
+    own = f"{target.url}/metrics"
+    urls = [own] if settings.metrics is None else list(settings.metrics)
+    # the key is the target's; it is sent to no other host
+    keys = {url: target.headers for url in urls if url.startswith(f"{target.url}/")}
+    return Scraper(urls, client.now, settings.metric_names, settings.pid, keys)
+
+
+def _score(items: Sequence[Item], records: list[Record]) -> None:
+    """Score the answers, after the run: it would hold up the clock of other requests."""
+    by_id = {item.id: item for item in items}
+    for record in records:
+        if record.status == OK:
+            item = by_id[record.id]
+            record.score = score(item, record.answer)
+            if item.metric == "exact_key":
+                record.partial = METRICS["partial_key"](record.answer, item.references, ())
+
+
+def _write(summary: Summary, records: list[Record], samples: list[Sample], folder: Path) -> None:
     try:
+        write_records(records, folder / REQUESTS)
         write_samples(samples, folder / METRICS_CSV)
         summary.write(folder / SUMMARY)
     except OSError as error:
         raise LoadTestError(f"cannot write {folder}: {error.strerror}", CANNOT_WRITE) from None
-
-
-def _kept(settings: Settings, folder: Path, items: Sequence[Item]) -> list[Record]:
-    """Finished requests of an interrupted run of the same prompts."""
-    path = folder / REQUESTS
-    if not settings.resume or not path.exists():
-        return []
-    hashes = {i.id: new_record(i, 0.0).prompt_hash for i in items}
-    kept = [r for r in read_records(path) if r.status == OK]
-    for record in kept:
-        if hashes.get(record.id) != record.prompt_hash:
-            raise LoadTestError(
-                f"--resume: {path} holds {record.id} of another workload; use another folder"
-            )
-    return kept
 
 
 def _later(
@@ -189,6 +192,9 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
         rate=getattr(arrivals, "rate", None),
         seed=settings.seed,
         endpoint=target.endpoint,
+        extra_hash=hashlib.sha256(json.dumps(target.extra, sort_keys=True).encode()).hexdigest()[
+            :12
+        ],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["kvthrift", *sys.argv[1:]]),
         kvthrift=version("kvthrift"),
@@ -243,8 +249,8 @@ async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
         asyncio.create_task(show()),
     ]
     try:
-        outcome = await runner.run()
-        await _idle(scraper)
+        # the server's counters lag behind the last token
+        outcome = await runner.run(then=lambda: _idle(scraper))
     finally:
         for task in beside:
             task.cancel()
@@ -253,15 +259,6 @@ async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
                 await task
     settings.watch(runner.progress, None)
     return outcome
-
-
-def finish(item: Item, record: Record) -> None:
-    """Score an answer."""
-    if record.status != OK:
-        return
-    record.score = score(item, record.answer)
-    if item.metric == "exact_key":
-        record.partial = METRICS["partial_key"](record.answer, item.references, ())
 
 
 def complete(folder: Path, arrivals: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -32,6 +32,14 @@ class Spec(BaseModel):
             return value.split("|") if is_list and isinstance(value, str) else value
 
         return {key: split(key, value) for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _no_value_twice(self) -> Self:
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise ValueError(f"{key} names a value twice")
+        return self
 
     def __str__(self) -> str:
         """Canonical spelling: what differs from the defaults, or everything."""

@@ -30,6 +30,7 @@ class Setup(BaseModel):
         label: name of the row in a comparison.
         policy: cache policy, where known.
         arrivals, workload: canonical spelling; their hashes name the very schedule and prompts.
+        extra_hash: of what was added to each request's body.
         concurrency: of a closed loop; rate: requests per second offered by an open one.
 
     """
@@ -46,6 +47,7 @@ class Setup(BaseModel):
     rate: float | None = None
     seed: int
     endpoint: str
+    extra_hash: str = ""
     started: str
     command: str
     kvthrift: str
@@ -171,14 +173,14 @@ def summarize(
 ) -> Summary:
     """Compute the summary of a run from what was written down."""
     good = [r for r in records if r.status == OK]
-    whole = _whole(good)
+    whole = _whole(good, records)
     return Summary(
         setup=setup,
         stopped=stopped,
         requests=_requests(records, planned),
         latency=_latency([r for r in good if r.events]),
         throughput=whole,
-        steady=_steady(good, setup.concurrency),
+        steady=_steady(good, records, setup.concurrency),
         goodput=_goodput(records, goals, whole),
         quality=_quality(good),
         server=server_side(samples, failed_scrapes),
@@ -212,17 +214,21 @@ def _latency(good: list[Record]) -> Latency:
     )
 
 
-def _whole(good: list[Record]) -> Throughput | None:
+def _whole(good: list[Record], records: list[Record]) -> Throughput | None:
+    """From the first sending to the last end, failed requests' included."""
     if not good:
         return None
-    begin, end = min(r.sent for r in good), max(r.finished for r in good)
-    return _between(good, begin, end)
+    return _between(good, min(r.sent for r in records), max(r.finished for r in records))
 
 
-def _steady(good: list[Record], concurrency: int | None) -> Throughput | None:
-    """Between the time when all clients are busy and the last sending: no start, no tail."""
-    sent = sorted(r.sent for r in good)
-    first = (concurrency or 1) - 1
+def _steady(
+    good: list[Record], records: list[Record], concurrency: int | None
+) -> Throughput | None:
+    """Of a closed loop, from when all clients are busy to the last sending: no start, no tail."""
+    if concurrency is None:
+        return None
+    sent = sorted(r.sent for r in records)
+    first = concurrency - 1
     if len(sent) <= first + 1 or sent[-1] - sent[first] < 1.0:
         return None
     return _between(good, sent[first], sent[-1])

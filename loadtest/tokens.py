@@ -95,7 +95,12 @@ class ServerTokenizer:
             ) from None
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
+        answer = self._post("/tokenize", prompt=text, add_special_tokens=False)
+        ids = answer.get("tokens") if isinstance(answer, dict) else None
+        if not isinstance(ids, list) or (text.strip() and not ids):
+            raise LoadTestError(
+                "the server's /tokenize is not vLLM's; give --tokenizer FOLDER or approximate"
+            )
         return ids
 
     def count(self, texts: Sequence[str]) -> list[int]:

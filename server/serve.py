@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,10 +19,6 @@ from server.api.plugin import MAX_BODY, engine_died
 from server.api.state import parse_aliases
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
-
-if TYPE_CHECKING:
-    import argparse
-
 
 DRAIN_SECONDS = 30
 
@@ -118,19 +116,24 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
         if POLICY_KEY not in extra:
             raise PolicyError("--policy-alias needs --cache-policy")
         parse_aliases(args.policy_alias, args.served_model_name or [args.model])
+    default = args.prompt_compression
+    if default and default.method == "llmlingua-2" and not args.prompt_compressor:
+        raise PolicyError("--prompt-compression by llmlingua-2 needs --prompt-compressor MODEL")
     args.additional_config = extra
     return args
 
 
 def _compression(text: str) -> PromptCompression:
-    return PromptCompression.of(json.loads(text))
+    try:
+        return PromptCompression.of(json.loads(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def default_dtype() -> str | None:
@@ -150,16 +153,14 @@ def run(argv: list[str]) -> None:
     """
     # The V2 runner builds no logits processors, hence no guard; it needs Triton anyway.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    # vLLM loads plugins of routes only by name.
-    allowed = os.environ.get("VLLM_PLUGINS", "kvthrift").split(",")
-    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "kvthrift"]))
+    os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
         args = configure(args)
-        _read_key(args.api_key_file)
+        _read_key(args)
     except (PolicyError, OSError) as error:
         parser.error(str(error))
     command = ServeSubcommand()
@@ -170,16 +171,33 @@ def run(argv: list[str]) -> None:
         raise SystemExit("kvthrift: the engine died; see the log above")
 
 
-def _read_key(path: str | None) -> None:
+def _plugins() -> list[str]:
+    """Plugins vLLM loads: those it would, and ours.
+
+    Plugins of routes are loaded only by name, and naming one shuts out the others.
+    """
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None:
+        return list(dict.fromkeys([*filter(None, chosen.split(",")), "kvthrift"]))
+    groups = [g for g in entry_points().groups if g.startswith("vllm.")]
+    usual = [g for g in groups if g != "vllm.endpoint_plugins"]
+    names = {entry.name for group in usual for entry in entry_points(group=group)}
+    return sorted(names | {"kvthrift"})
+
+
+def _read_key(args: argparse.Namespace) -> None:
     """Put the API key where vLLM looks for it.
 
     Raises:
-        PolicyError: the file is empty.
+        PolicyError: the file is empty, or a key is given too.
         OSError: it cannot be read.
 
     """
+    path = args.api_key_file
     if path is None:
         return
+    if args.api_key:
+        raise PolicyError("--api-key and --api-key-file are both given")
     key = Path(path).read_text(encoding="utf-8").strip()
     if not key:
         raise PolicyError(f"--api-key-file {path} is empty")

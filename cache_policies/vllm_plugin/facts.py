@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.request import Request
 
     from cache_policies.vllm_plugin.manager import RingStoreManager
@@ -48,20 +50,27 @@ class KVCacheFacts:
         return asdict(self)
 
 
-def facts_of(manager: RingStoreManager, request: Request) -> KVCacheFacts:
-    """Count what a request holds, before its pages are freed; once a request."""
-    computed = request.num_computed_tokens
-    pages = manager.owned_pages(request.request_id)
-    used = pages * manager.page_bytes
-    whole = computed * manager.half_bytes_per_token
-    method = manager.method(request)
+def facts_of(managers: Sequence[RingStoreManager], request: Request, hit: int) -> KVCacheFacts:
+    """Count what a request holds, before its pages are freed.
+
+    Args:
+        managers: of the KV cache groups that are ours, usually one.
+        request: that ends.
+        hit: tokens found in the prefix cache.
+
+    """
+    computed, first = request.num_computed_tokens, managers[0]
+    pages = [m.owned_pages(request.request_id) for m in managers]
+    used = sum(n * m.page_bytes for n, m in zip(pages, managers, strict=True))
+    whole = computed * sum(m.half_bytes_per_token for m in managers)
+    method = first.method(request)
     return KVCacheFacts(
-        policy=manager.codec if method.is_plain else f"{method}+{manager.codec}",
+        policy=first.codec if method.is_plain else f"{method}+{first.codec}",
         prompt_tokens=request.num_prompt_tokens,
-        cached_tokens=manager.hit_tokens.pop(request.request_id, 0),
+        cached_tokens=hit,
         computed_tokens=computed,
-        kept_tokens=manager.span(request).held(computed),
-        pages=pages,
+        kept_tokens=first.span(request).held(computed),
+        pages=sum(pages),
         bytes=used,
         compression_ratio=round(whole / used, 4) if used else None,
     )

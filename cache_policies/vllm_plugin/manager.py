@@ -40,24 +40,26 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         policy = kv_cache_spec.policy_in_force
         self.policy = str(policy)
         self.default, self.codec = policy.method, policy.codec_string
-        # of all layers and this worker's KV heads
-        self.page_bytes = int(kv_cache_spec.page_size_bytes) * self.layers
-        heads = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size
-        self.half_bytes_per_token = 4 * heads * self.layers
+        self._layer_page_bytes = int(kv_cache_spec.page_size_bytes)
+        self._layer_half_bytes = 4 * kv_cache_spec.num_kv_heads * kv_cache_spec.head_size
+        # of the layers that share this manager's pages, and this worker's KV heads
+        self.page_bytes = self.half_bytes_per_token = 0
         self.given_back = 0  # pages, not counted in the metrics yet
-        self.hit_tokens: dict[str, int] = {}  # of requests when they were first admitted
         self._engine: Engine | None = None
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
 
-    def attach(self, requests: Mapping[str, Request], longest: int) -> None:
+    def attach(self, requests: Mapping[str, Request], longest: int, layers: int) -> None:
         """Let the manager see the scheduler's requests.
 
         Args:
             requests: by id, kept up to date by the scheduler.
             longest: most tokens of a request.
+            layers: that share this manager's pages; in a hybrid model not all of them.
 
         """
+        self.page_bytes = self._layer_page_bytes * layers
+        self.half_bytes_per_token = self._layer_half_bytes * layers
         room = self.block_pool.num_gpu_blocks - 1 if self.enable_caching else None
         self._requests, self._engine = requests, Engine(self.plan, self.layers, longest, room)
 
@@ -111,7 +113,6 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self._take_ring(row)
         row.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(new_computed_blocks)
-        self.hit_tokens.setdefault(request_id, num_local_computed_tokens)
 
     def allocate_new_blocks(
         self,

@@ -36,10 +36,13 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self.policy_managers = [
             m for m in coordinator.single_type_managers if isinstance(m, RingStoreManager)
         ]
+        self._hit_tokens: dict[str, int] = {}
+        groups = self.kv_cache_config.kv_cache_groups
         for manager in self.policy_managers:
-            manager.attach(self.requests, self.max_model_len)
+            layers = len(groups[manager.kv_cache_group_id].layer_names)
+            manager.attach(self.requests, self.max_model_len, layers)
         self._metrics = cache_metrics()
-        for manager in self.policy_managers:
+        for manager in self.policy_managers[:1]:
             self._metrics.start(manager)
 
     def add_request(self, request: Request) -> None:
@@ -60,15 +63,16 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         manager may add to a request's output.
         """
         delay, params = super()._connector_finished(request)
-        for manager in self.policy_managers:
-            facts = facts_of(manager, request)
-            self._metrics.finished(manager, request, facts)
+        hit = self._hit_tokens.pop(request.request_id, 0)
+        if self.policy_managers:
+            facts = facts_of(self.policy_managers, request, hit)
+            self._metrics.finished(self.policy_managers[0], request, facts)
             params = {**(params or {}), KV_CACHE: facts.as_dict()}
         return delay, params
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Bring the metrics up to date with the step that has ended."""
-        for manager in self.policy_managers:
+        for manager in self.policy_managers[:1]:
             self._metrics.step(manager, self.running)
         return super().make_stats(*args, **kwargs)
 
@@ -78,6 +82,11 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         for manager in self.policy_managers:
             limit = readable_tokens(manager.method(request), manager.span(request))
             if limit is not None and hit > limit:
-                hit = limit // self.block_size * self.block_size
+                # Sliding-window layers found only the pages before the end of the hit: of a
+                # shorter one they would read pages that are not there.
+                alone = len(self.kv_cache_manager.coordinator.single_type_managers) == 1
+                hit = limit // self.block_size * self.block_size if alone else 0
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
+        if request.num_preemptions == 0:  # later hits may be the request's own pages
+            self._hit_tokens[request.request_id] = hit
         return blocks, hit, boundary, diverged

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
 from loadtest.records import read_records
+from loadtest.resume import REQUESTS
 from loadtest.scrape import read_samples
-from loadtest.session import METRICS_CSV, REQUESTS, SUMMARY
+from loadtest.session import METRICS_CSV, SUMMARY
 from loadtest.summary import Summary
 
 if TYPE_CHECKING:

@@ -7,29 +7,29 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from loadtest.errors import LoadTestError
+from loadtest.quality.metrics import first_code_line
 from loadtest.workloads.base import Item, Workload
+from loadtest.workloads.longbench import DATA_SETS
 
 if TYPE_CHECKING:
     from loadtest.tokens import Tokenizer
-
-PROMPT = "Please complete the code given below. \n{context}Next line of code:\n"
 
 
 class Code(Workload):
     """The lines before a line of code are the prompt, the line is the answer (as LongBench's LCC).
 
     Each sample is of another file while there are enough, at a random line that is neither
-    blank nor a comment and has ``length`` tokens before it.
+    blank nor has a comment (which the metric would skip), and has ``length`` tokens before it.
     """
 
     kind: ClassVar[str] = "code"
     about: ClassVar[str] = "the next line of a Python file"
 
     folder: str = ""
-    lengths: tuple[int, ...] = (2000,)
+    lengths: tuple[PositiveInt, ...] = (2000,)
     samples: int = Field(default=8, ge=1)
 
     def items(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
@@ -47,25 +47,30 @@ class Code(Workload):
                 raise LoadTestError(f"workload code: no .py file in {folder} has {length} tokens")
             for sample in range(self.samples):
                 rng = random.Random(f"{seed}-{length}-{sample}")
-                found.append(self._item(long[sample % len(long)], folder, length, rng, tokenizer))
+                path = long[sample % len(long)]
+                found.append(self._item(path, folder, length, sample, rng, tokenizer))
         return found
 
     def _item(
-        self, path: Path, folder: Path, length: int, rng: random.Random, tokenizer: Tokenizer
+        self,
+        path: Path,
+        folder: Path,
+        length: int,
+        sample: int,
+        rng: random.Random,
+        tokenizer: Tokenizer,
     ) -> Item:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         first = _line_after(lines, 4 * length)
-        candidates = [
-            i for i in range(first, len(lines)) if lines[i].strip() and lines[i].strip()[0] != "#"
-        ]
+        candidates = [i for i in range(first, len(lines)) if first_code_line(lines[i]).strip()]
         target = rng.choice(candidates) if candidates else len(lines) - 1
         context = _last_tokens(lines[:target], length, tokenizer)
         name = path.relative_to(folder).as_posix()
         return Item(
-            id=f"code-{length}-{name}:{target + 1}",
+            id=f"code-{length}-{sample}-{name}:{target + 1}",
             task="code",
             category="code",
-            prompt=PROMPT.format(context=context),
+            prompt=DATA_SETS["lcc"].prompt.format(context=context),
             max_tokens=64,
             metric="edit_similarity",
             references=(lines[target].rstrip("\n"),),

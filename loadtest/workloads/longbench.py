@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loadtest.tokens import Tokenizer
 
 HUB = "hf://datasets/zai-org/LongBench/data.zip"
+UNLIMITED = 2**31
 ROOM = 96  # tokens kept free for the chat template and special tokens
 
 _SHORT = "as concisely as you can, using a single phrase"
@@ -206,12 +207,16 @@ class LongBench(Workload):
         if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
             raise LoadTestError(f"{place}: needs context and input as texts, answers as a list")
         prompt = data.prompt.format(context=row["context"], input=row["input"])
-        cap = self.cap or (longest - data.max_tokens - ROOM if longest else 0)
+        room = longest - data.max_tokens - ROOM if longest else None
+        if room is not None and room <= 0:
+            raise LoadTestError(f"{task}: answers of {data.max_tokens} tokens leave no room: the "
+                                f"server takes {longest}")  # fmt: skip
+        cap = min(n for n in (self.cap or None, room, UNLIMITED) if n is not None)
         return Item(
             id=f"{task}-{row.get('_id', index)}",
             task=task,
             category=data.category,
-            prompt=tokenizer.cut_middle(prompt, cap) if cap > 0 else prompt,
+            prompt=tokenizer.cut_middle(prompt, cap) if cap < UNLIMITED else prompt,
             max_tokens=data.max_tokens,
             metric=data.metric,
             references=tuple(answers),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from loadtest.workloads.base import Item, Workload
 from loadtest.workloads.text import fill, sentences
@@ -18,6 +18,7 @@ from loadtest.workloads.text import fill, sentences
 if TYPE_CHECKING:
     from loadtest.tokens import Tokenizer
 
+Share = Annotated[float, Field(ge=0, le=1)]
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there."
@@ -32,9 +33,9 @@ class Passkey(Workload):
     kind: ClassVar[str] = "passkey"
     about: ClassVar[str] = "a key of some digits hidden in a long text"
 
-    lengths: tuple[int, ...] = (400, 2800)
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    digits: tuple[int, ...] = (7, 64)
+    lengths: tuple[PositiveInt, ...] = (400, 2800)
+    depths: tuple[Share, ...] = (0.1, 0.5, 0.9)
+    digits: tuple[PositiveInt, ...] = (7, 64)
     texts: tuple[str, ...] = ("noise", "essay")
     keys: int = Field(default=1, ge=1)
 

@@ -9,7 +9,7 @@ import random
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from loadtest.errors import LoadTestError
 from loadtest.workloads.base import Item, Workload
@@ -51,7 +51,7 @@ class Ruler(Workload):
     about: ClassVar[str] = "needles with distractors, variable chains, most common words"
 
     tasks: tuple[Task, ...] = TASKS
-    lengths: tuple[int, ...] = (2800,)
+    lengths: tuple[PositiveInt, ...] = (2800,)
     samples: int = Field(default=2, ge=1)
     text: str = "essay"
     needles: int = Field(default=4, ge=1, le=64)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from loadtest.errors import LoadTestError
 from loadtest.workloads.base import Item, Workload
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.text import fill_exactly, sentences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -75,10 +75,10 @@ class Synthetic(Workload):
         for index, (size, answer) in enumerate(zip(inputs, outputs, strict=True)):
             pool = sentences("essay", seed)
             random.Random(f"{seed}-{index}").shuffle(pool)
-            beginning = fill(common, round(self.shared * size), tokenizer)
+            beginning = fill_exactly(common, round(self.shared * size), tokenizer)
             left = size - sum(tokenizer.count([f" {s}" for s in beginning]))
             # numbered right after the shared part, so that no two prompts go on alike by chance
-            rest = fill([f"Part {index}.", *pool], left, tokenizer)
+            rest = fill_exactly([f"Part {index}.", *pool], left, tokenizer)
             item = Item(
                 id=f"synthetic-{index}",
                 task="synthetic",

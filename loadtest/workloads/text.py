@@ -57,3 +57,15 @@ def fill(pool: list[str], tokens: int, tokenizer: Tokenizer) -> list[str]:
         chosen.append(sentence)
         total += tokenizer.count([f" {sentence}"])[0]
     return chosen
+
+
+def fill_exactly(pool: list[str], tokens: int, tokenizer: Tokenizer) -> list[str]:
+    """As ``fill``, with the last sentence cut short so that ``tokens`` is met within a word."""
+    chosen = fill(pool, tokens, tokenizer)
+    if not chosen:
+        return chosen
+    last = chosen.pop()
+    counts = tokenizer.count([f" {s}" for s in (*chosen, last)])
+    words = last.split()
+    share = (tokens - sum(counts[:-1])) / max(1, counts[-1])
+    return [*chosen, " ".join(words[: max(1, round(share * len(words)))])]

@@ -16,7 +16,7 @@ from pydantic import Field
 from loadtest.errors import LoadTestError
 from loadtest.workloads.base import Item, Workload
 from loadtest.workloads.jsonl import read_jsonl
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.text import fill_exactly, sentences
 
 if TYPE_CHECKING:
     from loadtest.tokens import Tokenizer
@@ -27,7 +27,8 @@ BLOCK_TOKENS = 512
 class Trace(Workload):
     """The first ``requests`` lines of a file (0: all), in the order of their time stamps.
 
-    ``scale`` shortens prompts and answers alike, to replay a large model's trace on a small one.
+    ``scale`` shortens answers, and prompts given by their length, to replay a large model's trace
+    on a small one.
     """
 
     kind: ClassVar[str] = "trace"
@@ -88,7 +89,7 @@ class Trace(Workload):
             tokens = min(block, length - index * block)
             if tokens <= 0:
                 break
-            parts += fill([f"Block {name}.", *pool], tokens, tokenizer)
+            parts += fill_exactly([f"Block {name}.", *pool], tokens, tokenizer)
         return " ".join(parts) or f"Block {ids[0]}."
 
 

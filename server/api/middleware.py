@@ -77,7 +77,7 @@ class PolicyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if not _is_completion(scope):
             await self._app(scope, receive, send)
             return
         begin = time.monotonic()
@@ -95,6 +95,7 @@ class PolicyMiddleware:
         except RefusalError as refusal:
             await refusal.response()(scope, receive, answer.send)
         finally:
+            answer.finish()
             if self._limits.log:
                 _log(scope, answer, time.monotonic() - begin)
 
@@ -129,7 +130,7 @@ class PolicyMiddleware:
             found = await self._state.compressor(wanted)
             if found is None:
                 return None
-            return await compress_request(asked, *found, self._state.count_tokens)
+            return await compress_request(asked, *found, self._state.tokenizer)
         except CompressorError as error:
             raise RefusalError(400, str(error), COMPRESSION) from None
 
@@ -147,6 +148,10 @@ class PolicyMiddleware:
                 400,
                 f"the policy is given twice: in the model name {model!r} and in vllm_xargs",
                 "model",
+            )
+        if asked.get("use_beam_search"):
+            raise RefusalError(
+                400, "a policy of its own cannot be combined with beam search", "model"
             )
         asked["model"] = found[0]
         asked["vllm_xargs"] = {**extra, POLICY_KEY: found[1]}
@@ -205,6 +210,7 @@ class _Answer:
         self._state, self._send = state, send
         self._start: Message | None = None
         self._parts: list[bytes] = []
+        self._found: list[dict[str, Any]] = []
         self.facts: dict[str, Any] | None = None
         self.compression: Report | None = None
         self.status = 0
@@ -227,9 +233,23 @@ class _Answer:
             headers.append((b"content-length", str(len(body)).encode()))
             await self._send({**start, "headers": headers})
             message = {"type": "http.response.body", "body": body}
-        elif b'"usage":{' in message.get("body", b""):
-            message = {**message, "body": self._chunk(message["body"])}
+        elif self.status == 200:
+            message = self._pass(message)
         await self._send(message)
+
+    def _pass(self, message: Message) -> Message:
+        """A part of a stream; only those with a usage field are touched."""
+        body = message.get("body", b"")
+        if self.id is None and body.startswith(b'data: {"id":"'):
+            self.id = body[13 : body.index(b'"', 13)].decode()
+        if b'"usage":{' not in body:
+            return message
+        return {**message, "body": self._chunk(body)}
+
+    def finish(self) -> None:
+        """Take what no part of the answer had a place for."""
+        if self.id is not None:
+            self._take({"id": self.id})
 
     def _whole(self, body: bytes) -> bytes:
         answer = json.loads(body)
@@ -253,8 +273,6 @@ class _Answer:
             return event
         chunk = json.loads(event[6:])
         found = self._take(chunk)
-        if found is None and self.compression is None:
-            return event
         self._complete(chunk, found)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -270,9 +288,9 @@ class _Answer:
 
     def _take(self, answer: dict[str, Any]) -> dict[str, Any] | None:
         self.id = str(answer.get("id"))
-        found = self._state.take(self.id)
-        if found:
-            self.facts = _together(found)
+        self._found += self._state.take(self.id)
+        if self._found:
+            self.facts = _together(self._found)
         return self.facts
 
 
@@ -284,6 +302,13 @@ def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
     whole = sum((f["compression_ratio"] or 0) * f["bytes"] for f in found)
     ratio = round(whole / summed["bytes"], 4) if summed["bytes"] else None
     return {**found[0], **summed, "compression_ratio": ratio}
+
+
+def _is_completion(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) in PATHS
 
 
 def _log(scope: Scope, answer: _Answer, seconds: float) -> None:

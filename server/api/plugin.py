@@ -17,6 +17,7 @@ from server.api.middleware import LOG, Limits, PolicyMiddleware
 from server.api.policies import router
 from server.api.state import ServerState, parse_aliases
 from server.compression import Compressor, LLMLingua2, SelectiveContext
+from server.compression.served import ServedTokenizer
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -66,17 +67,20 @@ class PolicyEndpoints:
         ours.names = list(args.served_model_name or [args.model])
         ours.aliases = parse_aliases(getattr(args, "policy_alias", None) or [], ours.names)
         _watch(engine_client, ours)
-        ours.engine = engine_client
-        ours.compressors = _compressors(engine_client, getattr(args, "prompt_compressor", None))
+        ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
+        classifier = getattr(args, "prompt_compressor", None)
+        ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)
         ours.compression = getattr(args, "prompt_compression", None)
         await ours.compressor(None)  # a default that cannot be done ends the start
         manager = getattr(engine_client.engine_core.resources, "engine_manager", None)
         _processes[:] = manager.processes if manager else []
 
 
-def _compressors(engine_client: Any, classifier: str | None) -> dict[str, Compressor]:
+def _compressors(
+    engine_client: Any, tokenizer: ServedTokenizer, classifier: str | None
+) -> dict[str, Compressor]:
     """Those this server can offer."""
-    found: list[Compressor] = [SelectiveContext(engine_client)]
+    found: list[Compressor] = [SelectiveContext(engine_client, tokenizer)]
     if classifier:
         found.insert(0, LLMLingua2(classifier))
     return {compressor.name: compressor for compressor in found}
@@ -91,6 +95,11 @@ def _log_plain_lines() -> None:
     LOG.propagate = False
 
 
+def _answers(request_id: str) -> bool:
+    """Whether a response with this id takes what was noted; beams and compression have none."""
+    return request_id.startswith(("cmpl-", "chatcmpl-")) and "-beam-" not in request_id
+
+
 def _watch(engine_client: Any, state: ServerState) -> None:
     """Note what each request held when its last output passes.
 
@@ -101,7 +110,7 @@ def _watch(engine_client: Any, state: ServerState) -> None:
     async def watched(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async for output in generate(*args, **kwargs):
             params = output.kv_transfer_params if output.finished else None
-            if params and KV_CACHE in params:
+            if params and KV_CACHE in params and _answers(output.request_id):
                 state.note(output.request_id, params[KV_CACHE])
             yield output
 

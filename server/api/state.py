@@ -32,7 +32,7 @@ class ServerState:
         names: served model names.
         aliases: further model names, each standing for a method.
         facts: by request id, what ended requests held; taken by their response.
-        engine: vLLM's engine client; None until it is up.
+        tokenizer: the served model's; None until the engine is up.
         compressors: of prompts, by name.
         compression: what happens to prompts that do not say.
 
@@ -42,7 +42,7 @@ class ServerState:
     names: list[str] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    engine: Any = None
+    tokenizer: Any = None
     compressors: dict[str, Compressor] = field(default_factory=dict)
     compression: PromptCompression | None = None
 
@@ -62,11 +62,6 @@ class ServerState:
                 f"--prompt-compressor MODEL); it has: {', '.join(self.compressors)}"
             )
         return how, self.compressors[how.method]
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of the served model, without special ones."""
-        tokenizer = self.engine.renderer.get_tokenizer()
-        return len(tokenizer.encode(text, add_special_tokens=False))
 
     @property
     def model(self) -> str:
@@ -112,8 +107,11 @@ class ServerState:
 
     def take(self, response_id: str) -> list[dict[str, Any]]:
         """Facts of a response: of its request, or of each of its prompts."""
-        found = [k for k in self.facts if k == response_id or k.startswith(f"{response_id}-")]
-        return [self.facts.pop(k) for k in found]
+        if response_id in self.facts:
+            return [self.facts.pop(response_id)]
+        # clients may choose ids: of job-2's request nothing belongs to job
+        mine = re.compile(rf"{re.escape(response_id)}-\d+")
+        return [self.facts.pop(k) for k in list(self.facts) if mine.fullmatch(k)]
 
     def resolve(self, name: str) -> tuple[str, str] | None:
         """Model and method of a name like ``NAME@METHOD`` or an alias; None: a plain name."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_WORD = re.compile(r"\s*\S+")
+# Scripts without spaces between words: every character is one.
+_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+_WORD = re.compile(rf"\s*(?:[{_NO_SPACES}]|[^\s{_NO_SPACES}]+)")
 FORCED = re.compile(r"^[\n.?!,]+$")
 _DIGIT = re.compile(r"\d")
 
@@ -58,7 +60,7 @@ def keep_words(
 
     Returns:
         The shortened text. Words that always stay count toward the rate, and may exceed it; a line
-        break before a dropped word stays too.
+        break before a dropped word stays too, kept words keep their white space.
 
     """
     forced = [bool(FORCED.match(w.text.strip())) or (keep_digits and _has_digit(w)) for w in words]
@@ -67,17 +69,19 @@ def keep_words(
     for index in sorted(range(len(words)), key=lambda i: -scores[i]):
         if forced[index]:
             continue
-        left -= tokens[index]
-        if left < 0:
-            break
-        kept.add(index)
+        if tokens[index] <= left:
+            left -= tokens[index]
+            kept.add(index)
     parts: list[str] = []
     line_break = False  # before a dropped word, and still to come
     for index, word in enumerate(words):
-        line_break = line_break or "\n" in word.text
+        broken = "\n" in word.text
         if forced[index] or index in kept:
-            parts.append("\n" + word.text.lstrip() if line_break and parts else word.text)
+            own = broken or not line_break or not parts
+            parts.append(word.text if own else "\n" + word.text.lstrip())
             line_break = False
+        else:
+            line_break = line_break or broken
     return "".join(parts).lstrip(" ")
 
 
@@ -125,3 +129,15 @@ def mean_by_word(
         sums[index] += value
         counts[index] += 1
     return [s / c if c else 0.0 for s, c in zip(sums, counts, strict=True)]
+
+
+def tokens_by_word(words: Sequence[Word], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Number of each word's tokens; arguments as for ``mean_by_word``."""
+    ends = sorted(end for start, end in spans if end > start)
+    counts, at = [], 0
+    for word in words:
+        begin = at
+        while at < len(ends) and ends[at] <= word.end:
+            at += 1
+        counts.append(at - begin)
+    return counts

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server.compression.base import CompressorError, keep_words, split_words
+from server.compression.base import (
+    CompressorError,
+    keep_words,
+    split_words,
+    tokens_by_word,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from server.compression.base import Compressor
 
 FIELD = "prompt_compression"
@@ -51,11 +54,18 @@ class Report(BaseModel):
     compressed_tokens: int
 
 
+class Tokenizer(Protocol):
+    """The served model's, used off the event loop."""
+
+    async def count(self, text: str) -> int:
+        """Tokens of a text, without special ones."""
+
+    async def spans(self, text: str) -> list[tuple[int, int]]:
+        """Start and end of each token in the text."""
+
+
 async def compress_request(
-    asked: dict[str, Any],
-    how: PromptCompression,
-    compressor: Compressor,
-    count_tokens: Callable[[str], int],
+    asked: dict[str, Any], how: PromptCompression, compressor: Compressor, tokenizer: Tokenizer
 ) -> Report:
     """Shorten the prompt or the user messages of a request, in place.
 
@@ -66,7 +76,7 @@ async def compress_request(
         asked: the request's body.
         how: what was asked for.
         compressor: scores words.
-        count_tokens: of the served model.
+        tokenizer: of the served model.
 
     Raises:
         CompressorError: the prompt is not text, or cannot be scored.
@@ -75,21 +85,21 @@ async def compress_request(
     report = Report(method=how.method, rate=how.rate, original_tokens=0, compressed_tokens=0)
     for place in _places(asked):
         text, question = split_question(place.text) if place.last else (place.text, "")
-        shorter = await _shorten(text, how, compressor, count_tokens)
-        report.original_tokens += count_tokens(place.text)
+        shorter = await _shorten(text, how, compressor, tokenizer)
+        report.original_tokens += await tokenizer.count(place.text)
         place.holder[place.key] = shorter + question
-        report.compressed_tokens += count_tokens(place.text)
+        report.compressed_tokens += await tokenizer.count(place.text)
     return report
 
 
 async def _shorten(
-    text: str, how: PromptCompression, compressor: Compressor, count_tokens: Callable[[str], int]
+    text: str, how: PromptCompression, compressor: Compressor, tokenizer: Tokenizer
 ) -> str:
     words = split_words(text)
     if not words or how.rate == 1:
         return text
     scores = await compressor.scores(text, words)
-    tokens = [count_tokens(word.text) for word in words]
+    tokens = tokens_by_word(words, await tokenizer.spans(text))
     kept = keep_words(words, scores, tokens, how.rate, keep_digits=how.keep_digits)
     return kept + text[words[-1].end :]
 
@@ -121,7 +131,9 @@ def _places(asked: dict[str, Any]) -> list[_Place]:
         return [_Place(asked, "prompt", last=True)]
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
         return [_Place(prompt, index, last=True) for index in range(len(prompt))]
-    raise CompressorError(f"{FIELD} needs a prompt of text, not of token ids")
+    raise CompressorError(
+        f'{FIELD} needs a prompt of text, not of token ids; {{"method": "none"}} goes without'
+    )
 
 
 def _message_places(messages: object) -> list[_Place]:

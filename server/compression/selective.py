@@ -16,31 +16,32 @@ from server.compression.base import Compressor, CompressorError, Word, mean_by_w
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from server.compression.served import ServedTokenizer
+
 
 class SelectiveContext(Compressor):
     """A word's score is the mean self-information of its tokens.
 
     Args:
         engine: vLLM's engine client.
+        tokenizer: of the served model.
 
     """
 
     name: ClassVar[str] = "selective"
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, tokenizer: ServedTokenizer) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
 
     async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
-        tokenizer = self._engine.renderer.get_tokenizer()
-        given = tokenizer(text, return_offsets_mapping=True)
+        ids, spans = await self._tokenizer.encode(text, special=True)
         limit = self._engine.vllm_config.model_config.max_model_len
-        count = len(given["input_ids"])
-        if count >= limit:
+        if len(ids) >= limit:
             raise CompressorError(
-                f"selective: the text has {count} tokens, the model reads {limit}; use llmlingua-2"
+                f"selective: the text has {len(ids)} tokens, the model reads {limit}; "
+                "use llmlingua-2"
             )
-        values = await self._self_information(given["input_ids"])
-        return mean_by_word(words, given["offset_mapping"], values)
+        return mean_by_word(words, spans, await self._self_information(ids))
 
     async def _self_information(self, ids: list[int]) -> list[float]:
         from vllm import SamplingParams

@@ -109,10 +109,22 @@ def test_a_failure_is_counted_by_its_kind_and_kept_out_of_latencies(
 
 
 def test_a_timeout_is_a_failure(mock: MockServer, kvthrift: Command, tmp_path: Path) -> None:
-    url = mock(ttft=5)
-    done = kvthrift("loadtest", url, *SMALL, "--timeout", "0.3", "-o", str(tmp_path / "out"))
+    # of the whole request: no single token takes so long
+    url = mock(ttft=0.05, itl=0.05)
+    done = kvthrift("loadtest", url, *SMALL, "--timeout", "0.4", "-o", str(tmp_path / "out"))
     assert done.returncode == 1
     assert summary(tmp_path / "out").requests.by_error == {"timeout": 2}
+
+
+def test_usage_beside_choices_is_not_a_token(
+    mock: MockServer, kvthrift: Command, tmp_path: Path
+) -> None:
+    url = mock(fault="usage_with_choices", **QUICK)
+    done = kvthrift("loadtest", url, *SMALL, "-o", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for record in read_records(tmp_path / "requests.jsonl"):
+        assert len(record.events) == record.output_tokens
+        assert not record.event_tokens
 
 
 def test_too_many_errors_stop_the_run(mock: MockServer, kvthrift: Command, tmp_path: Path) -> None:
@@ -225,7 +237,11 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on_later(
     assert all(check.agree for check in whole.checks)
     other = kvthrift("loadtest", url, *SMALL, "-o", str(tmp_path), "--resume")
     assert other.returncode == 2
-    assert "of another workload" in other.stderr
+    assert "a run with another workload_hash, arrivals" in other.stderr
+    policy = start(url, tmp_path, "--resume", "--cache-policy", "snapkv")
+    output, _ = policy.communicate(timeout=60)
+    assert policy.returncode == 2
+    assert "a run with another policy, extra_hash" in output
 
 
 def test_the_highest_rate_that_meets_the_goals_is_found(

@@ -16,7 +16,7 @@ from server.compression import (
     keep_words,
     split_words,
 )
-from server.compression.base import Compressor, mean_by_word
+from server.compression.base import Compressor, mean_by_word, tokens_by_word
 from server.compression.request import PromptCompression, compress_request, split_question
 
 if TYPE_CHECKING:
@@ -55,10 +55,29 @@ def test_the_best_words_stay_and_line_breaks_with_them() -> None:
     words = split_words(TEXT)
     scores = [float(len(w.text.strip())) for w in words]
     ones = [1] * len(words)
-    assert keep_words(words, scores, ones, 1.0) == TEXT.replace("\n\n", "\n")
-    assert keep_words(words, scores, ones, 0.5) == "blue.\n42 ,\nGrass grows where falls."
+    assert keep_words(words, scores, ones, 1.0) == TEXT
+    assert keep_words(words, scores, ones, 0.5) == "blue.\n42 ,\n\nGrass grows where falls."
     assert "42" not in keep_words(words, scores, ones, 0.2, keep_digits=False)
     assert keep_words([], [], [], 0.5) == ""
+
+
+def test_what_is_kept_keeps_its_indentation_and_a_word_too_long_is_passed_over() -> None:
+    words = split_words("if x:\n    return y\n\n\tlongest_of_all z")
+    ones = [1] * len(words)
+    assert keep_words(words, ones, ones, 1.0) == "if x:\n    return y\n\n\tlongest_of_all z"
+    costs = [1, 1, 1, 1, 50, 1]
+    assert keep_words(words, [1, 1, 1, 1, 9, 1], costs, 0.1) == "if x:\n    return y\nz"
+
+
+def test_scripts_without_spaces_are_split_into_characters() -> None:
+    words = split_words("ab 中文。ok")
+    assert [w.text for w in words] == ["ab", " 中", "文", "。", "ok"]
+    assert keep_words(words, [5, 1, 4, 3, 2], [1] * 5, 0.4) == "ab文"
+
+
+def test_tokens_of_a_word_are_those_that_end_in_it() -> None:
+    words = split_words("ab c  def")
+    assert tokens_by_word(words, [(0, 1), (1, 2), (2, 4), (4, 9), (9, 9)]) == [2, 1, 1]
 
 
 def test_a_tokens_value_belongs_to_the_word_it_ends_in() -> None:
@@ -150,19 +169,28 @@ def three_classes(classifier: Path, tmp_path: Path) -> Path:
     return tmp_path / "three"
 
 
+class Words:
+    """A token is a word with its space."""
+
+    async def encode(self, text: str, *, special: bool = False) -> tuple[list[int], Any]:
+        spans = [(w.start, w.end) for w in split_words(text)]
+        return list(range(len(spans))), spans
+
+    async def count(self, text: str) -> int:
+        return len(text.split())
+
+    async def spans(self, text: str) -> list[tuple[int, int]]:
+        return (await self.encode(text))[1]  # type: ignore[no-any-return]
+
+
 class Engine:
-    """Log probabilities of a token: minus its place; a token is a word with its space."""
+    """The log probability of a token is minus its place."""
 
     def __init__(self) -> None:
         config = SimpleNamespace(max_model_len=100)
         extra = {"cache_policy": "kivi-4bit"}
         self.vllm_config = SimpleNamespace(model_config=config, additional_config=extra)
-        self.renderer = SimpleNamespace(get_tokenizer=lambda: self.tokenize)
         self.policy: str | None = None
-
-    def tokenize(self, text: str, **_: Any) -> dict[str, Any]:
-        spans = [(w.start, w.end) for w in split_words(text)]
-        return {"input_ids": list(range(len(spans))), "offset_mapping": spans}
 
     async def generate(self, prompt: dict[str, Any], params: Any, _: str) -> Any:
         self.policy = params.extra_args["cache_policy"]
@@ -173,11 +201,13 @@ class Engine:
 
 def test_selective_scores_are_the_self_information_under_the_whole_cache() -> None:
     engine = Engine()
-    scores = asyncio.run(SelectiveContext(engine).scores("a b c d", split_words("a b c d")))
+    scores = asyncio.run(
+        SelectiveContext(engine, Words()).scores("a b c d", split_words("a b c d"))
+    )
     assert scores == [float("inf"), 1.0, 2.0, 3.0]
     assert engine.policy == "all"
     with pytest.raises(CompressorError, match="100 tokens, the model reads 100"):
-        asyncio.run(SelectiveContext(engine).scores("a " * 100, split_words("a " * 100)))
+        asyncio.run(SelectiveContext(engine, Words()).scores("a " * 100, split_words("a " * 100)))
 
 
 class Longest(Compressor):
@@ -189,8 +219,7 @@ class Longest(Compressor):
 
 def compress(asked: dict[str, Any], rate: float = 0.5) -> tuple[dict[str, Any], dict[str, Any]]:
     how = PromptCompression(method="selective", rate=rate)
-    count = lambda text: len(text.split())  # noqa: E731
-    report = asyncio.run(compress_request(asked, how, Longest(), count))
+    report = asyncio.run(compress_request(asked, how, Longest(), Words()))
     return asked, report.model_dump()
 
 

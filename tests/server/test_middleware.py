@@ -51,6 +51,7 @@ class Server:
         await self.held.wait()
         for index in range(asked.get("prompts", 1)):
             self.state.note(f"cmpl-1-{index}", dict(FACTS))
+        self.state.note("cmpl-1-7-0", dict(FACTS))  # of another client, who calls himself 1-7
         if asked.get("stream"):
             return StreamingResponse(_events(), media_type="text/event-stream")
         usage = {"prompt_tokens": 10, "completion_tokens": 3}
@@ -99,7 +100,7 @@ def test_the_last_chunk_of_a_stream_says_it_too() -> None:
     assert json.loads(events[0][6:])["choices"] == [{"text": 'a "usage":{ b'}]
     assert json.loads(events[1][6:])["usage"] == {"prompt_tokens": 10, "kv_cache": FACTS}
     assert events[2] == "data: [DONE]"
-    assert not server.state.facts
+    assert list(server.state.facts) == ["cmpl-1-7-0"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Going on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from loadtest.errors import LoadTestError
+from loadtest.records import OK, Record, read_records, write_records
+from loadtest.summary import Setup
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+REQUESTS, SETUP = "requests.jsonl", "setup.json"
+# what must be the same for the two parts to be one run
+SAME = ("model", "policy", "extra_hash", "workload_hash", "arrivals", "arrivals_hash", "endpoint")
+
+
+def begin(folder: Path, setup: Setup, *, resume: bool) -> list[Record]:
+    """Make the folder ready, and give the requests that need not be sent again.
+
+    Raises:
+        LoadTestError: ``resume``, and the folder holds a run of something else.
+
+    """
+    kept: list[Record] = []
+    if resume and (folder / REQUESTS).exists():
+        _check(folder, setup)
+        kept = [r for r in read_records(folder / REQUESTS) if r.status == OK]
+    write_records(kept, folder / REQUESTS)
+    (folder / SETUP).write_text(setup.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return kept
+
+
+def _check(folder: Path, setup: Setup) -> None:
+    path = folder / SETUP
+    try:
+        known = Setup.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise LoadTestError(f"--resume: {path}: {error}; use another folder") from None
+    differing = [name for name in SAME if getattr(known, name) != getattr(setup, name)]
+    if differing:
+        raise LoadTestError(
+            f"--resume: {folder} holds a run with another {', '.join(differing)}; "
+            "use another folder"
+        )

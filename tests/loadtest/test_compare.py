@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from loadtest import compare
+from loadtest.arrivals import parse_arrivals
+from loadtest.compare import Comparison, Variant
+from loadtest.errors import LoadTestError
+from loadtest.session import Settings
+from loadtest.workloads import parse_workload
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def comparison(policies: list[str], **changed: Any) -> Comparison:
+    settings = Settings(parse_workload("passkey"), parse_arrivals("closed"))
+    given: dict[str, Any] = {
+        "model": "m", "policies": policies, "stock": True, "memory": "2M", "flags": ["--x"],
+        "settings": settings, "arrivals": [parse_arrivals("closed")], "timeout": 1.0,
+    }  # fmt: skip
+    return Comparison.of(**given | changed)
+
+
+def test_methods_share_the_server_of_their_codec() -> None:
+    made = comparison(["kivi-4bit", "snapkv(budget=64)+kivi-4bit", "fp16", "kivi-4bit"])
+    servers = made.servers()
+    assert list(servers) == [None, "kivi-4bit", "fp16"]
+    assert servers["kivi-4bit"] == [
+        Variant("kivi-4bit", "kivi-4bit", "all"),
+        Variant("snapkv(budget=64)+kivi-4bit", "kivi-4bit", "snapkv(budget=64)"),
+    ]
+    assert made.arguments("fp16")[:3] == ["m", "--cache-policy", "fp16"]
+    assert made.arguments(None)[:3] == ["m", "--kv-cache-memory-bytes", str(2 << 20)]
+
+
+def test_a_run_with_failures_does_not_end_the_others_and_an_interruption_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    codes = {"kivi-4bit": 1, "h2o+kivi-4bit": 0, "tova+kivi-4bit": 130, "knorm+kivi-4bit": 0}
+
+    @contextlib.contextmanager
+    def server(*_: Any, **__: Any) -> Any:
+        yield SimpleNamespace(url="u", pid=1)
+
+    def run(_: Any, variant: Variant, *__: Any) -> int:
+        ran.append(variant.label)
+        return codes[variant.label]
+
+    monkeypatch.setattr(compare, "running_server", server)
+    monkeypatch.setattr(compare, "_run", run)
+    made = comparison(list(codes), stock=False)
+    with pytest.raises(LoadTestError, match="no run was finished") as error:
+        compare.run_comparison(made, tmp_path)
+    assert ran == ["kivi-4bit", "h2o+kivi-4bit", "tova+kivi-4bit"]
+    assert error.value.status == 130
