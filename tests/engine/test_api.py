@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -282,11 +283,32 @@ def test_two_api_processes_count_once_and_a_key_from_a_file_is_wanted(
         assert f'"tokens_dropped":{dropped},' in seen.pop()
         text = httpx.get(f"{two.url}/metrics").text
         assert 'kvthrift_requests_total{finish_reason="length",policy="streaming-llm"} 16.0' in text
-        # told to stop, the server finishes what runs and ends with status 0
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(long_answer, two.url, "sesame")
-            while not stats(two, header)["used_pages"]:
-                time.sleep(0.05)
-            psutil.Process(two.pid).send_signal(signal.SIGTERM)
-            assert answer.result().usage.completion_tokens == 100
-            assert psutil.Process(two.pid).wait(60) == 0
+
+
+def test_a_server_with_a_request_log_and_compression_by_default_ends_what_runs_when_told_to_stop(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    assert smollm2.exists()
+    arguments = [MODEL, "--cache-policy", "fp16", *FLAGS, "--log-requests-json"]
+    arguments += ["--prompt-compression", '{"method": "selective", "rate": 0.5}']
+    with running_server(arguments, tmp_path / "log") as server, ThreadPoolExecutor(1) as pool:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        text = prompt("log") + "\nWhat colour is the grass?"
+        header = {"X-Request-Id": "mine"}
+        short = client.completions.create(
+            model=MODEL, prompt=text, max_tokens=3, extra_headers=header
+        )
+        assert short.usage.prompt_compression["method"] == "selective"  # type: ignore[union-attr]
+        none = {"prompt_compression": {"method": "none"}}
+        whole = client.completions.create(model=MODEL, prompt=text, max_tokens=3, extra_body=none)
+        assert whole.usage.prompt_tokens > 1.5 * short.usage.prompt_tokens  # type: ignore[union-attr]
+        answer = pool.submit(long_answer, server.url, "none")
+        time.sleep(2)
+        psutil.Process(server.pid).send_signal(signal.SIGTERM)
+        assert answer.result().usage.completion_tokens == 100
+        assert psutil.Process(server.pid).wait(60) == 0
+    lines = [json.loads(x) for x in server.log.read_text().splitlines() if x.startswith("{")]
+    assert [x["output_tokens"] for x in lines] == [3, 3, 100]
+    assert lines[0]["request_id"] == "mine"
+    assert {x["policy"] for x in lines} == {"fp16"}
+    assert "grass" not in server.log.read_text()
