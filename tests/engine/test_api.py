@@ -295,11 +295,12 @@ def test_a_server_with_a_request_log_and_compression_by_default_ends_what_runs_w
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         text = prompt("log") + "\nWhat colour is the grass?"
         header = {"X-Request-Id": "mine"}
+        more = {"ignore_eos": True}
         short = client.completions.create(
-            model=MODEL, prompt=text, max_tokens=3, extra_headers=header
+            model=MODEL, prompt=text, max_tokens=3, extra_headers=header, extra_body=more
         )
         assert short.usage.prompt_compression["method"] == "selective"  # type: ignore[union-attr]
-        none = {"prompt_compression": {"method": "none"}}
+        none = {"prompt_compression": {"method": "none"}, **more}
         whole = client.completions.create(model=MODEL, prompt=text, max_tokens=3, extra_body=none)
         assert whole.usage.prompt_tokens > 1.5 * short.usage.prompt_tokens  # type: ignore[union-attr]
         answer = pool.submit(long_answer, server.url, "none")

@@ -250,7 +250,7 @@ def test_the_highest_rate_that_meets_the_goals_is_found(
     # one slot of 0.1 s: 10 requests a second at most
     url = mock(ttft=0.1, itl=0.0, slots=1)
     done = kvthrift(
-        "loadtest", url, "-w", "synthetic(requests=20,input=fixed:10,output=fixed:1)",
+        "loadtest", url, "-w", "synthetic(requests=14,input=fixed:10,output=fixed:1)",
         "-a", "constant(rate=1)", "--goodput", "ttft:250ms", "--search", "5-40", "-o",
         str(tmp_path), "--warmup", "0",
     )  # fmt: skip
