@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from loadtest.process import running_server
+from loadtest.process import ENVIRONMENT, running_server
 from server.models import get_model
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plain(log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [str(get_model(MODEL)), "--served-model-name", MODEL, *FLAGS]
     command += ["--host", "127.0.0.1", "--port", str(PORT)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**ENVIRONMENT, **os.environ}  # the same threads
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment

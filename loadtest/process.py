@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     # vLLM's default keeps a core for its scheduler: half of a two-core machine.
@@ -73,7 +73,7 @@ def running_server(
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {**_ENVIRONMENT, **os.environ}
+    environment = {**ENVIRONMENT, **os.environ}
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
