@@ -92,7 +92,7 @@ class Runner:
         """Send everything, or stop early: on SIGINT, SIGTERM, too many errors, a full disk.
 
         Args:
-            then: what to wait for afterwards, still without heed of signals.
+            then: what to wait for afterwards; signals do not end it.
 
         """
         work = self._closed() if self._schedule.due is None else self._open()
