@@ -28,7 +28,8 @@ MODEL = "smollm2-135m"
 METHODS = (
     "all", "snapkv(budget=128)", "streaming-llm(window=124)", "h2o(heavy=64,recent=64)",
     "tova(budget=128)", "pyramidkv(budget=128)", "keydiff(budget=128)",
-    "expected-attention(budget=128)", "lagkv(budget=128)", "infllm(topk=1,init=128,local=128)",
+    "expected-attention(budget=128)", "lagkv(budget=128,lag=32)",
+    "infllm(topk=1,init=128,local=128)",
     "quest(topk=1,init=128,local=128)",
 )  # fmt: skip
 FLAGS = [
@@ -81,11 +82,14 @@ class Soak:
         begin = time.monotonic()
         try:
             async with self.http.stream("POST", "/v1/completions", json=body) as answer:
-                last = ""
+                last = before = ""
                 async for line in answer.aiter_lines():
-                    last = line or last
-            if answer.status_code != httpx.codes.OK or last != "data: [DONE]":
-                self.failures.append(f"{answer.status_code} {last[:200]} for {body['model']}")
+                    before, last = (last, line) if line else (before, last)
+            good = answer.status_code == httpx.codes.OK and last == "data: [DONE]"
+            if not good or before.startswith('data: {"error"'):
+                self.failures.append(
+                    f"{answer.status_code} {before[:200]} {last[:200]} for {body['model']}"
+                )
         except httpx.HTTPError as error:
             self.failures.append(f"{type(error).__name__}: {error} for {body['model']}")
         self.counts["answered"] += 1

@@ -21,6 +21,9 @@ from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
 
 DRAIN_SECONDS = 30
+# oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
+# length of a batch is another shape, so a server would grow by hundreds of MiB over hours.
+ONEDNN_SHAPES = 128
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -154,6 +157,7 @@ def run(argv: list[str]) -> None:
     # The V2 runner builds no logits processors, hence no guard; it needs Triton anyway.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     parser = make_parser()

@@ -32,6 +32,7 @@ from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.page import PageLayout
 from cache_policies.step import Step
 from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.heap import HeapTrimmer
 from cache_policies.vllm_plugin.metrics import cache_seconds
 from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
@@ -227,6 +228,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             self._layer = self._make_layer(layer, kv_cache)
         if _clock.begins_step(self._layer.index):
             cache_seconds(_clock)
+            _trim_heap()
         tokens = Tokens(query[:count], key[:count], value[:count])
         if attn_metadata.step is not None:
             attn_metadata.step.run(self._layer, tokens, output[:count])
@@ -250,6 +252,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
 
 
 _clock = Clock()  # of all layers of this worker
+_trim_heap = HeapTrimmer()
 
 
 def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from cache_policies.errors import PolicyError
-from cache_policies.vllm_plugin.config import POLICY_KEY, method_of, refuse_method, settings
+from cache_policies.policy import parse_method
+from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_method, settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,25 +28,28 @@ def note_engine(vllm_config: VllmConfig) -> None:
 
 
 def check_request(sampling_params: SamplingParams) -> None:
-    """Refuse a request's policy that is not valid, or that this engine cannot serve.
+    """Refuse a request's policy, see ``check_method``."""
+    asked = (sampling_params.extra_args or {}).get(POLICY_KEY)
+    if asked is not None:
+        check_method(asked)
+
+
+def check_method(asked: Any) -> None:
+    """Refuse a policy of a request that is not valid, or that this engine cannot serve.
 
     Raises:
         PolicyError: naming what is allowed.
 
     """
-    asked = (sampling_params.extra_args or {}).get(POLICY_KEY)
-    if asked is None:
-        return
     for vllm_config in _engines:
-        current = settings(vllm_config)
-        if current is None:
+        if settings(vllm_config) is None:
             raise PolicyError(
                 f"{POLICY_KEY}={asked!r}: this server runs without a cache policy; start it with "
                 "kvthrift serve --cache-policy"
             )
-        method = method_of(sampling_params, current.policy.method)
+    method = parse_method(asked)
+    for vllm_config in _engines:
         refuse_method(method, vllm_config.model_config)
-    method_of(sampling_params, None)
 
 
 class EngineNote(StatLoggerBase):  # type: ignore[misc]

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
 
+from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.config import POLICY_KEY
 from cache_policies.vllm_plugin.facts import KV_CACHE
+from cache_policies.vllm_plugin.frontend import check_method
 from server.compression import CompressorError
 from server.compression.request import FIELD as COMPRESSION
 from server.compression.request import Report, compress_request
@@ -120,6 +122,7 @@ class PolicyMiddleware:
         if not isinstance(asked, dict):
             return body, None
         named = self._name_method(asked)
+        _check_method(asked, "model" if named else "vllm_xargs")
         report = await self._compress(asked)
         return (json.dumps(asked).encode() if named or report else body), report
 
@@ -156,6 +159,21 @@ class PolicyMiddleware:
         asked["model"] = found[0]
         asked["vllm_xargs"] = {**extra, POLICY_KEY: found[1]}
         return True
+
+
+def _check_method(asked: dict[str, Any], where: str) -> None:
+    """Refuse a bad method before a stream has begun: vLLM would answer 200 and then the error.
+
+    Raises:
+        RefusalError: naming what is allowed.
+
+    """
+    extra = asked.get("vllm_xargs")
+    if isinstance(extra, dict) and extra.get(POLICY_KEY) is not None:
+        try:
+            check_method(extra[POLICY_KEY])
+        except PolicyError as error:
+            raise RefusalError(400, str(error), where) from None
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:

@@ -140,6 +140,11 @@ def test_what_is_refused() -> None:
     server = Server(max_body=1000)
     twice = {"model": "fast", "vllm_xargs": {"cache_policy": "h2o"}}
     refused(server.post(twice), 400, "given twice")
+    for stream in (True, False):  # a stream must not begin with 200 and then say it
+        wrong = {"model": "m", "stream": stream, "vllm_xargs": {"cache_policy": "h2o(heavy=-1)"}}
+        refused(server.post(wrong), 400, "heavy")
+    refused(server.post({"model": "m@lagkv(budget=1)"}), 400, "budget=1 is not above")
+    refused(server.post({"model": "m", "vllm_xargs": {"cache_policy": 7}}), 400, "7")
     refused(server.post({"model": "m", "prompt_compression": {}}), 400, "method: Field required")
     wanted = {"method": "llmlingua-2"}
     answer = server.post({"model": "m", "prompt": "x", "prompt_compression": wanted})
