@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +18,21 @@ from rich.markup import escape
 
 from loadtest import display
 from loadtest.arrivals import ARRIVALS, parse_arrivals
-from loadtest.client import ENDPOINTS, Target, find_target
+from loadtest.client import ENDPOINTS, Target, find_target, wait_for_server
 from loadtest.errors import CANNOT_WRITE, TOO_MANY_ERRORS, LoadTestError
+from loadtest.exporter import Exporter, exporter
 from loadtest.goodput import Goals, highest_rate
 from loadtest.scrape import USUAL
 from loadtest.session import Settings, build_items, measure
 from loadtest.workloads import WORKLOADS, parse_workload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loadtest.arrivals import Arrivals
     from loadtest.summary import Summary
+
+    RunOnce = Callable[[Settings, Target, Path], tuple[Summary, int]]
 
 console = Console()
 
@@ -107,6 +114,12 @@ def loadtest(
     ] = None,
     interval: Interval = 1.0,
     pid: Annotated[int | None, typer.Option(help="server process whose memory is read too")] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for a server that starts")
+    ] = 0.0,
+    serve_metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus finds what runs now")
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="keep what an interrupted run in --out finished")
     ] = False,
@@ -132,16 +145,35 @@ def loadtest(
         resume=resume,
     )
     extra = _extra(extra_body, cache_policy)
+    if wait:
+        with console.status(f"waiting for {url}"):
+            wait_for_server(url, wait)
     target = find_target(
         url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra, timeout=timeout
     )
     _make_folder(out)
-    if search:
-        if len(arrivals) > 1:
-            raise LoadTestError("--search takes one --arrivals, whose rate it changes")
-        _search(settings, target, search, attainment, out, warm_cache=warm_cache)
-        return
-    loads = [parse_arrivals(text) for text in arrivals]
+    with exporter(serve_metrics) as export:
+        if search:
+            if len(arrivals) > 1:
+                raise LoadTestError("--search takes one --arrivals, whose rate it changes")
+            run = partial(run_once, warm_cache=warm_cache, export=export)
+            _search(settings, target, search, attainment, out, run)
+            return
+        loads = [parse_arrivals(text) for text in arrivals]
+        status = _loads(settings, target, loads, out, warm_cache=warm_cache, export=export)
+    raise typer.Exit(status)
+
+
+def _loads(
+    settings: Settings,
+    target: Target,
+    loads: list[Arrivals],
+    out: Path,
+    *,
+    warm_cache: bool,
+    export: Exporter | None,
+) -> int:
+    """A run for each of the arrivals, and their report; the first status that is not 0."""
     done: list[Summary] = []
     folders: list[Path] = []
     status = 0
@@ -149,26 +181,36 @@ def loadtest(
         folder = out if len(loads) == 1 else out / safe_name(str(load))
         folder.mkdir(parents=True, exist_ok=True)
         one = replace(settings, arrivals=load)
-        summary, code = run_once(one, target, folder, warm_cache=warm_cache)
+        summary, code = run_once(one, target, folder, warm_cache=warm_cache, export=export)
         done.append(summary)
         folders.append(folder)
         status = status or code
         if summary.stopped:
             break
     finish(folders, out, done)
-    raise typer.Exit(status)
+    return status
 
 
 def run_once(
-    settings: Settings, target: Target, folder: Path, *, warm_cache: bool = False
+    settings: Settings,
+    target: Target,
+    folder: Path,
+    *,
+    warm_cache: bool = False,
+    export: Exporter | None = None,
 ) -> tuple[Summary, int]:
     """Measure once, with a live line, into a folder."""
     salt = None if warm_cache else secrets.token_hex(8)
     with console.status("making prompts"):
         items = build_items(settings, target)
     with display.live(console, settings.label) as watch:
-        settings = replace(settings, watch=watch, salt=salt)
-        return asyncio.run(measure(settings, target, items, folder))
+        shown = export.beside(settings, watch) if export else watch
+        try:
+            one = replace(settings, watch=shown, salt=salt)
+            return asyncio.run(measure(one, target, items, folder))
+        finally:
+            if export:
+                export.over(settings)
 
 
 def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
@@ -186,7 +228,7 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
 
 
 def _search(
-    settings: Settings, target: Target, text: str, wanted: float, out: Path, *, warm_cache: bool
+    settings: Settings, target: Target, text: str, wanted: float, out: Path, run: RunOnce
 ) -> None:
     """Runs at rates until the highest that meets the goals is known."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", text)
@@ -208,7 +250,7 @@ def _search(
         )
         folder = out / f"rate-{rate:.3g}"
         folder.mkdir(parents=True, exist_ok=True)
-        summary, status = run_once(one, target, folder, warm_cache=warm_cache)
+        summary, status = run(one, target, folder)
         if summary.stopped and status != TOO_MANY_ERRORS:
             raise LoadTestError(f"the search ended: {summary.stopped}", status)
         trials.append((rate, summary))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loadtest.workloads import Item
 
+NOT_YET = (502, 503, 504)  # of a server that starts, or of a proxy before it
 ENDPOINTS = ("auto", "completions", "chat")
 
 
@@ -110,6 +111,31 @@ def find_target(url: str, model: str | None, **settings: Any) -> Target:
         longest=facts.get("max_model_len"),
         **settings,
     )
+
+
+def wait_for_server(url: str, seconds: float) -> None:
+    """Wait until a server answers anything but "not yet", be it the right one or not.
+
+    Raises:
+        LoadTestError: it did not in time.
+
+    """
+    models = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    until = time.monotonic() + seconds
+    why = ""
+    while True:
+        try:
+            status = httpx.get(models, timeout=5.0).status_code
+            if status not in NOT_YET:
+                return
+            why = f"it answers {status}"
+        except httpx.InvalidURL as error:
+            raise LoadTestError(f"{url}: {error}", NO_SERVER) from None
+        except httpx.HTTPError as error:
+            why = str(error) or type(error).__name__
+        if time.monotonic() > until:
+            raise LoadTestError(f"no server at {url} after {seconds:g} s: {why}", NO_SERVER)
+        time.sleep(1.0)
 
 
 class Client:

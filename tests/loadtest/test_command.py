@@ -152,6 +152,10 @@ def test_too_many_errors_stop_the_run(mock: MockServer, kvthrift: Command, tmp_p
         (("MOCK", "--extra-body", "{"), 2, "--extra-body is not JSON"),
         (("MOCK", "--api-key-file", "/nowhere"), 2, "--api-key-file /nowhere: No such file"),
         (("MOCK", "--tokenizer", "/nowhere"), 2, "--tokenizer /nowhere"),
+        (("http://127.0.0.1:9", "--wait", "1"), 4, "no server at http://127.0.0.1:9 after 1 s"),
+        (("nonsense", "--wait", "1"), 4, "no server at nonsense"),
+        (("MOCK", "--serve-metrics", "9101"), 2, "'9101' is not HOST:PORT"),
+        (("MOCK", "--serve-metrics", "1.2.3.4:9101"), 2, "1.2.3.4:9101: Cannot assign"),
         (("MOCK", "-o", "/proc/nowhere"), 5, "cannot write /proc/nowhere"),
     ],
 )
