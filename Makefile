@@ -1,5 +1,6 @@
 # make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
+# make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
 sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
@@ -8,7 +9,7 @@ sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint deploy-test
 setup: .venv/.ready
 
 .venv/.ready: $(sources)
@@ -24,6 +25,9 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest
+
+deploy-test: setup
+	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests
 
 lint: setup
 	.venv/bin/ruff check .

@@ -19,6 +19,7 @@ from server.api.plugin import MAX_BODY, engine_died
 from server.api.state import parse_aliases
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
+from server.startup import explain, refuse_machine
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
@@ -159,18 +160,26 @@ def run(argv: list[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.platforms import current_platform
 
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
         args = configure(args)
         _read_key(args)
+        refuse_machine(args, on_cpu=current_platform.is_cpu())
     except (PolicyError, OSError) as error:
         parser.error(str(error))
     command = ServeSubcommand()
     args.subparser = command.name
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except Exception as error:
+        why = explain(error, args)
+        if why is None:
+            raise
+        raise SystemExit(f"kvthrift: {why}") from None
     if engine_died():
         raise SystemExit("kvthrift: the engine died; see the log above")
 
@@ -193,8 +202,7 @@ def _read_key(args: argparse.Namespace) -> None:
     """Put the API key where vLLM looks for it.
 
     Raises:
-        PolicyError: the file is empty, or a key is given too.
-        OSError: it cannot be read.
+        PolicyError: the file is empty or cannot be read, or a key is given too.
 
     """
     path = args.api_key_file
@@ -202,7 +210,13 @@ def _read_key(args: argparse.Namespace) -> None:
         return
     if args.api_key:
         raise PolicyError("--api-key and --api-key-file are both given")
-    key = Path(path).read_text(encoding="utf-8").strip()
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise PolicyError(
+            f"--api-key-file {path}: {error.strerror}; write the key into it, readable for this "
+            "user, or leave the option out"
+        ) from None
     if not key:
         raise PolicyError(f"--api-key-file {path} is empty")
     os.environ["VLLM_API_KEY"] = key

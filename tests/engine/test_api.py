@@ -18,6 +18,7 @@ import pytest
 
 from cache_policies.clock import PARTS
 from loadtest.process import running_server
+from tests.deploy.test_grafana import missing
 from tests.engine.conftest import FLAGS, long_answer
 
 if TYPE_CHECKING:
@@ -313,3 +314,12 @@ def test_a_server_with_a_request_log_and_compression_by_default_ends_what_runs_w
     assert lines[0]["request_id"] == "mine"
     assert {x["policy"] for x in lines} == {"fp16"}
     assert "grass" not in server.log.read_text()
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(
+    server: Server, client: openai.OpenAI
+) -> None:
+    client.completions.create(model="fast", prompt="one two three", max_tokens=2)
+    scrape = httpx.get(f"{server.url}/metrics", timeout=20).text
+    assert not missing(scrape)
+    assert missing(scrape.replace("kvthrift_kv_used_bytes", "x")) == {"kvthrift_kv_used_bytes"}

@@ -1,0 +1,74 @@
+"""Why a server cannot start, in words that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from cache_policies.errors import PolicyError
+from server.models import MODELS
+
+if TYPE_CHECKING:
+    import argparse
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+# What containers have by default, and what one rank was seen to do with.
+SHARED_BYTES = 64 << 20
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def memory_here() -> int:
+    """Bytes of memory that are free, and that this container may use."""
+    limits = [psutil.virtual_memory().available]
+    for path in CGROUP_LIMITS:
+        try:
+            limits.append(int(path.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits)
+
+
+def refuse_machine(args: argparse.Namespace, *, on_cpu: bool) -> None:
+    """Refuse what would end in a killed process and no message.
+
+    Raises:
+        PolicyError: too little memory for the cache, or too little shared memory.
+
+    """
+    wanted, there = args.kv_cache_memory_bytes, memory_here()
+    if on_cpu and wanted is not None and wanted > there:
+        raise PolicyError(
+            f"--kv-cache-memory-bytes {wanted} is more than the {there} bytes of memory that are "
+            "free here; ask for less, or raise the container's limit"
+        )
+    try:
+        shared = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return
+    size = shared.f_blocks * shared.f_frsize
+    if size < SHARED_BYTES:
+        raise PolicyError(
+            f"{SHARED_MEMORY} has {size >> 10} KiB, server processes talk through it and need "
+            f"{SHARED_BYTES >> 20} MiB (docker run --shm-size, compose: shm_size)"
+        )
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str | None:
+    """One line for what a user can mend; None: a traceback says more."""
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"port {args.port} is in use; choose another with --port"
+    from_hub = type(error).__module__.startswith("huggingface_hub")
+    if from_hub or (isinstance(error, OSError) and "huggingface.co" in str(error)):
+        return (
+            f"model {args.model!r} cannot be had: it is neither one of {', '.join(MODELS)} nor a "
+            "folder here. A hub name needs the hub (HF_HUB_OFFLINE not set, HF_TOKEN for gated "
+            f"models) or its files in HF_HOME. The hub says: {str(error).splitlines()[0]}"
+        )
+    return None

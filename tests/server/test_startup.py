@@ -1,0 +1,58 @@
+"""What a server that cannot start says."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cache_policies.errors import PolicyError
+from server import startup
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def arguments(**options: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"port": 8000, "model": "m", "kv_cache_memory_bytes": 1, **options})
+
+
+def test_a_cache_above_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    startup.refuse_machine(arguments(), on_cpu=True)
+    with pytest.raises(PolicyError, match="is more than the"):
+        startup.refuse_machine(arguments(kv_cache_memory_bytes=1 << 60), on_cpu=True)
+    startup.refuse_machine(arguments(kv_cache_memory_bytes=1 << 60), on_cpu=False)
+    startup.refuse_machine(arguments(kv_cache_memory_bytes=None), on_cpu=True)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(startup, "CGROUP_LIMITS", (limit, tmp_path / "nowhere"))
+    limit.write_text("1000\n")
+    assert startup.memory_here() == 1000
+    limit.write_text("max\n")
+    assert startup.memory_here() > 1000
+
+
+def test_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        f_blocks, f_frsize = 256, 4096
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda _: Small)
+        with pytest.raises(PolicyError, match=r"has 1024 KiB.*need 64 MiB"):
+            startup.refuse_machine(arguments(), on_cpu=True)
+
+
+def test_what_a_user_can_mend_is_explained_and_nothing_else() -> None:
+    taken = OSError(errno.EADDRINUSE, "Address already in use")
+    assert startup.explain(taken, arguments()) == "port 8000 is in use; choose another with --port"
+    missing = OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck")
+    says = startup.explain(missing, arguments(model="x"))
+    assert says is not None
+    assert "model 'x' cannot be had" in says
+    assert "smollm2-135m" in says
+    assert startup.explain(OSError(errno.ENOSPC, "full"), arguments()) is None
+    assert startup.explain(ValueError("x"), arguments()) is None
