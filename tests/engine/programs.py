@@ -252,6 +252,11 @@ def refused(model: str, policy: str | None, **options: Any) -> str:
     return ""
 
 
+def refused_each(model: str, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Messages of engines that must not start; none may get as far as a worker."""
+    return [refused(model, policy, **options) for policy, options in cases]
+
+
 def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.stdin.read())
     print(f"\n{MARK}{json.dumps(globals()[name](**arguments))}")  # noqa: T201
