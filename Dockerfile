@@ -99,10 +99,10 @@ RUN [ -z "$MODEL" ] || kvthrift model get "$MODEL"
 
 FROM runtime AS cpu
 # g++: torch.compile writes C++ for CPUs, which is vLLM's default. COMPILER= leaves it out, for
-# servers that run with --enforce-eager. tcmalloc is what vLLM asks for on CPUs.
+# servers that run with --enforce-eager. vLLM needs libnuma, and asks for tcmalloc, on CPUs.
 ARG COMPILER=g++
 RUN apt-get update \
- && apt-get install -y --no-install-recommends libtcmalloc-minimal4 $COMPILER \
+ && apt-get install -y --no-install-recommends libnuma1 libtcmalloc-minimal4 $COMPILER \
  && rm -rf /var/lib/apt/lists/*
 ENV LD_PRELOAD=libtcmalloc_minimal.so.4
 COPY --from=build-cpu /opt/kvthrift /opt/kvthrift

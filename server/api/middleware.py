@@ -121,6 +121,9 @@ class PolicyMiddleware:
             return body, None
         if not isinstance(asked, dict):
             return body, None
+        if not isinstance(asked.get("structured_outputs"), dict | None):
+            # vLLM 0.32 looks into it before it checks what it is, and answers 500
+            raise RefusalError(400, "structured_outputs must be an object", "structured_outputs")
         named = self._name_method(asked)
         _check_method(asked, "model" if named else "vllm_xargs")
         report = await self._compress(asked)

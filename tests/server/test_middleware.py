@@ -145,6 +145,7 @@ def test_what_is_refused() -> None:
         refused(server.post(wrong), 400, "heavy")
     refused(server.post({"model": "m@lagkv(budget=1)"}), 400, "budget=1 is not above")
     refused(server.post({"model": "m", "vllm_xargs": {"cache_policy": 7}}), 400, "7")
+    refused(server.post({"model": "m", "structured_outputs": True}), 400, "must be an object")
     refused(server.post({"model": "m", "prompt_compression": {}}), 400, "method: Field required")
     wanted = {"method": "llmlingua-2"}
     answer = server.post({"model": "m", "prompt": "x", "prompt_compression": wanted})
