@@ -168,8 +168,8 @@ def run(argv: list[str]) -> None:
         args = configure(args)
         _read_key(args)
         refuse_machine(args, on_cpu=current_platform.is_cpu())
-    except (PolicyError, OSError) as error:
-        parser.error(str(error))
+    except OSError as error:
+        raise PolicyError(str(error)) from None
     command = ServeSubcommand()
     args.subparser = command.name
     command.validate(args)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import argparse
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-# What containers have by default, and what one rank was seen to do with.
-SHARED_BYTES = 64 << 20
+# One rank does with what containers have by default, which is a little under 64 MiB.
+SHARED_BYTES = 32 << 20
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
