@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import argparse
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-# One rank does with what containers have by default, which is a little under 64 MiB.
-SHARED_BYTES = 32 << 20
+# What vLLM's queue between two processes asks for; containers have 64 MiB by default.
+SHARED_BYTES = 160 << 20
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),

@@ -165,7 +165,7 @@ def test_it_stops_with_status_0(container: tuple[str, str]) -> None:
 
 
 WRONG = {
-    "no such model": (["smollm3"], [], "model 'smollm3' cannot be had"),
+    "no such model": (["smollm3"], ["--shm-size", "1g"], "model 'smollm3' cannot be had"),
     "no such policy": (
         ["smollm2-135m", "--cache-policy", "kivi-3bit"], [], "unknown cache policy 'kivi-3bit'",
     ),
@@ -174,17 +174,18 @@ WRONG = {
         "--api-key-file /run/secrets/api_key: No such file or directory; write the key into it",
     ),
     "the port is taken": (
-        ["smollm2-135m", "--port", "7999"], ["--network", "host"],
+        ["smollm2-135m", "--port", "7999"], ["--network", "host", "--shm-size", "1g"],
         "port 7999 is in use; choose another with --port",
     ),
     "more cache than memory": (
         ["smollm2-135m", "--kv-cache-memory-bytes", str(1 << 50)], [], "of memory that are free",
     ),
     "less cache than one request": (
-        ["smollm2-135m", "--cache-policy", "kivi-4bit", "--kv-cache-memory-bytes", "1000000"], [],
+        ["smollm2-135m", "--cache-policy", "kivi-4bit", "--kv-cache-memory-bytes", "1000000"],
+        ["--shm-size", "1g"],
         "decreasing `max_model_len`",
     ),
-    "little shared memory": (["smollm2-135m"], ["--shm-size", "1m"], "docker run --shm-size"),
+    "little shared memory": (["smollm2-135m"], [], "docker run --shm-size"),
 }  # fmt: skip
 
 

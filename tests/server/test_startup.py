@@ -42,7 +42,7 @@ def test_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "statvfs", lambda _: Small)
-        with pytest.raises(PolicyError, match=r"has 1024 KiB.*need 32 MiB"):
+        with pytest.raises(PolicyError, match=r"has 1024 KiB.*need 160 MiB"):
             startup.refuse_machine(arguments(), on_cpu=True)
 
 
