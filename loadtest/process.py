@@ -48,6 +48,13 @@ class Server:
     start_seconds: float
 
 
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def running_server(
     arguments: list[str],
@@ -68,9 +75,7 @@ def running_server(
         ServerError: it exited or did not answer in time.
 
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "server", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {**ENVIRONMENT, **os.environ}

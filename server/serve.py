@@ -23,7 +23,7 @@ from server.startup import explain, refuse_machine
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
-# length of a batch is another shape, so a server would grow by hundreds of MiB over hours.
+# length of a batch is another shape: a worker grew by 10 MiB per 16 requests of mixed lengths.
 ONEDNN_SHAPES = 128
 
 

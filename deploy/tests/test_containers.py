@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from loadtest.process import free_port
 from tests.deploy.test_grafana import ELSEWHERE, missing, queries, rules
 
 if TYPE_CHECKING:
@@ -71,12 +72,6 @@ def engine(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return run(ENGINE, *arguments, **options)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def until(what: Callable[[], Any], seconds: float, why: str) -> Any:
     """Ask once a second until the answer is true; connection errors are answers."""
     end = time.monotonic() + seconds
@@ -107,7 +102,7 @@ def image() -> str:
 @pytest.fixture(scope="module")
 def container(image: str) -> Iterator[tuple[str, str]]:
     """One server, as strictly as it can be run: name and address."""
-    port, name = free_port(), "kvthrift-strict-test"
+    port, name = str(free_port()), "kvthrift-strict-test"
     engine("rm", "-f", name, check=False)
     engine(
         "run", "-d", "--name", name, "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL",
@@ -208,7 +203,7 @@ class Stack:
     """The compose project of this test."""
 
     def __init__(self, folder: Path) -> None:
-        self.server, self.prometheus = free_port(), free_port()
+        self.server, self.prometheus = str(free_port()), str(free_port())
         self.results = folder / "results"
         self.results.mkdir()
         self.results.chmod(0o777)

@@ -14,6 +14,12 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
 OPTION = re.compile(r"\$\{([A-Z_0-9]+):-")
 
 
+def test_the_image_has_the_torch_of_the_set_up() -> None:
+    pin = re.compile(r'torch="(torch==[^"]+)"')
+    texts = [(DEPLOY.parent / f).read_text() for f in ("Dockerfile", "scripts/setup.sh")]
+    assert len({pin.findall(text)[0] for text in texts}) == 1
+
+
 def test_the_usual_services_need_no_profile() -> None:
     usual = {name for name, s in SERVICES.items() if "profiles" not in s}
     assert usual == {"server", "prometheus", "grafana"}

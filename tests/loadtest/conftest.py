@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from unittest import mock as mock_module
 import httpx
 import pytest
 
+from loadtest.process import free_port
 from server import cli
 
 MockServer = Callable[..., str]
@@ -33,9 +33,7 @@ Command = Callable[..., Done]
 
 @contextlib.contextmanager
 def running_mock(**options: Any) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     command = [sys.executable, "-m", "loadtest.mock_server", "--port", str(port), *flags]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

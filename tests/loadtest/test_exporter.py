@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import socket
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -12,18 +11,13 @@ import httpx
 import pytest
 
 from loadtest.client import wait_for_server
+from loadtest.process import free_port
 from tests.loadtest.test_command import SMALL
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.loadtest.conftest import Command, MockServer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_prometheus_sees_the_run_while_it_lasts(
