@@ -19,7 +19,7 @@ from server.api.plugin import MAX_BODY, engine_died
 from server.api.state import parse_aliases
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
-from server.startup import explain, refuse_machine
+from server.startup import explain, refuse_machine, size_cache
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
@@ -163,11 +163,15 @@ def run(argv: list[str]) -> None:
     from vllm.platforms import current_platform
 
     parser = make_parser()
+    utilization = parser.get_default("gpu_memory_utilization")
+    parser.set_defaults(gpu_memory_utilization=None)  # to see whether it is given
     args = parser.parse_args(argv)
+    on_cpu = current_platform.is_cpu()
+    size_cache(args, utilization, on_cpu=on_cpu)
     try:
         args = configure(args)
         _read_key(args)
-        refuse_machine(args, on_cpu=current_platform.is_cpu())
+        refuse_machine(args, on_cpu=on_cpu)
     except OSError as error:
         raise PolicyError(str(error)) from None
     command = ServeSubcommand()

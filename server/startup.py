@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # What vLLM's queue between two processes asks for; containers have 64 MiB by default.
 SHARED_BYTES = 160 << 20
+USUAL_CACHE = 4 << 30  # bytes
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -33,6 +34,25 @@ def memory_here() -> int:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return min(limits)
+
+
+def size_cache(args: argparse.Namespace, utilization: float, *, on_cpu: bool) -> None:
+    """Size the cache where nobody did.
+
+    On a CPU vLLM would take 92% of the machine's memory, and not start where less is free.
+
+    Args:
+        args: ``gpu_memory_utilization`` is None where it was not given, and is set.
+        utilization: vLLM's default of it.
+        on_cpu: whether the server runs on a CPU.
+
+    """
+    asked = (args.kv_cache_memory_bytes, args.gpu_memory_utilization)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = utilization
+    if on_cpu and asked == (None, None) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        ranks = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+        args.kv_cache_memory_bytes = min(USUAL_CACHE, memory_here() // 2) // ranks
 
 
 def refuse_machine(args: argparse.Namespace, *, on_cpu: bool) -> None:

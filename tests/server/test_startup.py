@@ -37,6 +37,26 @@ def test_a_cache_above_the_memory_is_refused(
     assert startup.memory_here() > 1000
 
 
+def sized(monkeypatch: pytest.MonkeyPatch, free: int, **options: object) -> tuple[object, object]:
+    monkeypatch.setattr(startup, "memory_here", lambda: free)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    on_cpu = bool(options.pop("on_cpu", True))
+    usual = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": None}
+    ranks = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+    args = arguments(**{**usual, **ranks, **options})
+    startup.size_cache(args, 0.92, on_cpu=on_cpu)
+    return args.kv_cache_memory_bytes, args.gpu_memory_utilization
+
+
+def test_a_cache_that_nobody_sized_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sized(monkeypatch, 64 << 30) == (4 << 30, 0.92)
+    assert sized(monkeypatch, 6 << 30) == (3 << 30, 0.92)
+    assert sized(monkeypatch, 64 << 30, tensor_parallel_size=2) == (2 << 30, 0.92)
+    assert sized(monkeypatch, 64 << 30, on_cpu=False) == (None, 0.92)
+    assert sized(monkeypatch, 64 << 30, gpu_memory_utilization=0.5) == (None, 0.5)
+    assert sized(monkeypatch, 64 << 30, kv_cache_memory_bytes=7) == (7, 0.92)
+
+
 def test_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small:
         f_blocks, f_frsize = 256, 4096
