@@ -33,24 +33,28 @@ class CacheMetrics:
 
     def __init__(self) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            # the engine process that wrote last; sums would count engines that are gone
+            # the process that wrote last; sums would count processes that are gone
             return Gauge(f"kvthrift_{name}", text, labels, multiprocess_mode="mostrecent")
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"kvthrift_{name}", text, labels)
 
         self._seen: set[str] = set()
-        self.capacity = gauge("kv_capacity_bytes", "KV cache pool, all layers.")
-        self.used = gauge("kv_used_bytes", "Pages of the pool that requests own.")
-        self.pages = gauge("kv_capacity_pages", "Pages of the pool.")
-        self.used_pages = gauge("kv_used_pages", "Pages that requests own.")
-        self.held = gauge("kv_held_tokens", "Tokens that running requests hold.", "policy")
-        self.running = gauge("requests_running", "Running requests.", "policy")
+        self._engine = "0"
+        self.capacity = gauge("kv_capacity_bytes", "KV cache pool, all layers.", "engine")
+        self.used = gauge("kv_used_bytes", "Pages of the pool that requests own.", "engine")
+        self.pages = gauge("kv_capacity_pages", "Pages of the pool.", "engine")
+        self.used_pages = gauge("kv_used_pages", "Pages that requests own.", "engine")
+        self.held = gauge(
+            "kv_held_tokens", "Tokens that running requests hold.", "engine", "policy"
+        )
+        self.running = gauge("requests_running", "Running requests.", "engine", "policy")
         self.per_token = gauge("kv_token_bytes", "Store bytes of a token, all layers.")
         self.ratio = gauge(
             "kv_compression_ratio",
             "16-bit bytes of the running requests' computed tokens over the bytes they own; "
             "while none runs, the last value.",
+            "engine",
         )
         self.policy = gauge("policy_info", "The engine's cache policy.", "policy", "codec")
         self.build = gauge("build_info", "Version of kvthrift.", "version")
@@ -59,11 +63,18 @@ class CacheMetrics:
         self.given_back = counter("pages_given_back", "Pages given back before the end.")
         self.hits = counter("prefix_hit_tokens", "Prompt tokens from the prefix cache.", "codec")
 
-    def start(self, manager: RingStoreManager) -> None:
-        """Set what does not change."""
+    def start(self, manager: RingStoreManager, engine: int) -> None:
+        """Set what does not change.
+
+        Args:
+            manager: of the pages.
+            engine: which of the data-parallel engines this process is.
+
+        """
+        self._engine = str(engine)
         pages = manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
-        self.pages.set(pages)
-        self.capacity.set(pages * manager.page_bytes)
+        self.pages.labels(self._engine).set(pages)
+        self.capacity.labels(self._engine).set(pages * manager.page_bytes)
         self.per_token.set(manager.page_bytes / manager.plan.page_tokens)
         self.policy.labels(manager.policy, manager.codec).set(1)
         self.build.labels(version("kvthrift")).set(1)
@@ -72,11 +83,11 @@ class CacheMetrics:
         """Set what changes with every step."""
         pool = manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        self.used_pages.set(used)
+        self.used_pages.labels(self._engine).set(used)
         if manager.given_back:
             self.given_back.inc(manager.given_back)
             manager.given_back = 0
-        self.used.set(used * manager.page_bytes)
+        self.used.labels(self._engine).set(used * manager.page_bytes)
         held: dict[str, int] = {}
         count: dict[str, int] = {}
         computed = owned = 0
@@ -90,11 +101,11 @@ class CacheMetrics:
         # a label that was set once stays in the files of multiprocess mode
         self._seen |= held.keys()
         for name in self._seen:
-            self.held.labels(name).set(held.get(name, 0))
-            self.running.labels(name).set(count.get(name, 0))
+            self.held.labels(self._engine, name).set(held.get(name, 0))
+            self.running.labels(self._engine, name).set(count.get(name, 0))
         bytes_ = owned * manager.page_bytes
         if bytes_:  # of an idle engine the last value stays
-            self.ratio.set(computed * manager.half_bytes_per_token / bytes_)
+            self.ratio.labels(self._engine).set(computed * manager.half_bytes_per_token / bytes_)
 
     def finished(self, manager: RingStoreManager, request: Request, facts: KVCacheFacts) -> None:
         """Count a request that ended."""

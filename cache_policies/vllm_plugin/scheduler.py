@@ -21,6 +21,7 @@ from cache_policies.vllm_plugin.metrics import cache_metrics
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 
@@ -43,7 +44,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             manager.attach(self.requests, self.max_model_len, layers)
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
-            self._metrics.start(manager)
+            self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -69,6 +70,22 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._metrics.finished(self.policy_managers[0], request, facts)
             params = {**(params or {}), KV_CACHE: facts.as_dict()}
         return delay, params
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """Send along what a request holds with each output that a stop string may end.
+
+        vLLM matches stop strings in the API process; the engine then sees an abort, which has no
+        output. Can go when a stop string ends a request in the engine.
+        """
+        batches = super().update_from_output(*args, **kwargs)
+        for batch in batches.values() if self.policy_managers else ():
+            for output in batch.outputs:
+                request = self.requests.get(output.request_id)
+                if request and request.sampling_params and request.sampling_params.stop:
+                    hit = self._hit_tokens.get(request.request_id, 0)
+                    facts = facts_of(self.policy_managers, request, hit)
+                    output.kv_transfer_params = {KV_CACHE: facts.as_dict()}
+        return batches
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Bring the metrics up to date with the step that has ended."""

@@ -1,4 +1,4 @@
-"""Around vLLM's completion routes: model names that carry a method, limits, and what was held.
+"""Around vLLM's routes: limits; on completions, model names that carry a method, and what was held.
 
 vLLM's own handlers stay as they are. A request's body is read once, up to a limit; a model name
 like ``NAME@snapkv(budget=512)`` becomes the model and ``vllm_xargs``; in the answer, and in a
@@ -7,6 +7,8 @@ stream's last chunks, ``usage`` gets ``kv_cache``.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -24,11 +26,18 @@ from server.compression.request import FIELD as COMPRESSION
 from server.compression.request import Report, compress_request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from server.api.state import ServerState
 
-PATHS = ("/v1/completions", "/v1/chat/completions")
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+# the other routes of vLLM that occupy the engine; COMPLETIONS are counted with them
+GENERATING = (
+    *COMPLETIONS, "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/v1/systemone",
+    "/invocations", "/inference/v1/generate", "/generative_scoring", "/cohere/v2/chat",
+)  # fmt: skip
 LOG = logging.getLogger("kvthrift.requests")
 
 
@@ -41,7 +50,7 @@ class RefusalError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        kinds = {413: "request_too_large", 429: "rate_limit_exceeded"}
+        kinds = {413: "request_too_large", 429: "rate_limit_exceeded", 503: "service_unavailable"}
         kind = kinds.get(self.status, "BadRequestError")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.status}
         return JSONResponse({"error": error}, self.status, self.headers)
@@ -52,8 +61,9 @@ class Limits:
     """What is refused, and what is logged.
 
     Attributes:
-        max_body: most bytes of a request's body.
-        max_requests: most requests under way in this process; None: no limit.
+        max_body: most bytes of a request's body, on every route.
+        max_requests: most requests under way in this process that occupy the engine; None: no
+            limit.
         log: write a line of JSON per request.
 
     """
@@ -79,21 +89,15 @@ class PolicyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection."""
-        if not _is_completion(scope):
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         begin = time.monotonic()
-        answer = _Answer(self._state, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        answer = _Answer(self._state, send, complete=path in COMPLETIONS)
         try:
-            limit = self._limits.max_requests
-            if limit is not None and self._running >= limit:
-                message = f"{self._running} requests are under way already; try again later"
-                raise RefusalError(429, message, **{"Retry-After": "1"})
-            self._running += 1
-            try:
+            with self._counted(path):
                 await self._answer(scope, receive, answer)
-            finally:
-                self._running -= 1
         except RefusalError as refusal:
             await refusal.response()(scope, receive, answer.send)
         finally:
@@ -101,12 +105,49 @@ class PolicyMiddleware:
             if self._limits.log:
                 _log(scope, answer, time.monotonic() - begin)
 
+    @contextlib.contextmanager
+    def _counted(self, path: str) -> Iterator[None]:
+        """One of the requests under way, if it is one that occupies the engine.
+
+        Raises:
+            RefusalError: there are too many, or the server is told to stop.
+
+        """
+        if path not in GENERATING:
+            yield
+            return
+        if self._state.stopping:
+            raise RefusalError(503, "the server is stopping", **{"Retry-After": "10"})
+        limit = self._limits.max_requests
+        if limit is not None and self._running >= limit:
+            message = f"{self._running} requests are under way already; try again later"
+            raise RefusalError(429, message, **{"Retry-After": "1"})
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         body = await _read_body(scope, receive, self._limits.max_body)
         if body is None:
             return
-        body, answer.compression = await self._translate(body)
-        await self._app(_with_length(scope, body), _replay(body, receive), answer.send)
+        if not answer.complete:
+            await self._app(scope, _replay(body, receive), answer.send)
+            return
+        leaving = asyncio.create_task(_message(receive))  # no other message can come now
+        work = asyncio.create_task(self._translate(body))
+        try:
+            await asyncio.wait((leaving, work), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                body, answer.compression = work.result()
+                await self._app(
+                    _with_length(scope, body), _replay(body, _ended(leaving)), answer.send
+                )
+        finally:
+            leaving.cancel()
+            work.cancel()
+            await asyncio.gather(leaving, work, return_exceptions=True)
 
     async def _translate(self, body: bytes) -> tuple[bytes, Report | None]:
         """The body vLLM gets; what is not JSON is left to vLLM's own refusal.
@@ -205,6 +246,19 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None
             return b"".join(parts)
 
 
+async def _message(receive: Receive) -> Message:
+    return await receive()
+
+
+def _ended(leaving: asyncio.Task[Message]) -> Receive:
+    """A receive that gives what a task waits for; whoever stops waiting does not end the task."""
+
+    async def receive() -> Message:
+        return await asyncio.shield(leaving)
+
+    return receive
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A receive that gives the body once, then what the client really sends: its leaving."""
     given = False
@@ -225,10 +279,10 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 class _Answer:
-    """Passes an answer on, with ``usage.kv_cache`` put in."""
+    """Passes an answer on; that of a completion with ``usage.kv_cache`` put in."""
 
-    def __init__(self, state: ServerState, send: Send) -> None:
-        self._state, self._send = state, send
+    def __init__(self, state: ServerState, send: Send, *, complete: bool) -> None:
+        self._state, self._send, self.complete = state, send, complete
         self._start: Message | None = None
         self._parts: list[bytes] = []
         self._found: list[dict[str, Any]] = []
@@ -241,7 +295,7 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if _is_json(message) and message["status"] == 200:
+            if self.complete and _is_json(message) and message["status"] == 200:
                 self._start = message  # its length is not known yet
                 return
         elif self._start is not None:
@@ -254,7 +308,7 @@ class _Answer:
             headers.append((b"content-length", str(len(body)).encode()))
             await self._send({**start, "headers": headers})
             message = {"type": "http.response.body", "body": body}
-        elif self.status == 200:
+        elif self.complete and self.status == 200:
             message = self._pass(message)
         await self._send(message)
 
@@ -323,13 +377,6 @@ def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
     whole = sum((f["compression_ratio"] or 0) * f["bytes"] for f in found)
     ratio = round(whole / summed["bytes"], 4) if summed["bytes"] else None
     return {**found[0], **summed, "compression_ratio": ratio}
-
-
-def _is_completion(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) in PATHS
 
 
 def _log(scope: Scope, answer: _Answer, seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
 MAX_BODY = 64 << 20
+KILL_MARGIN = 2  # seconds
 _processes: list[Any] = []  # of the engine, where this process started it
 
 
@@ -74,6 +76,7 @@ class PolicyEndpoints:
         await ours.compressor(None)  # a default that cannot be done ends the start
         manager = getattr(engine_client.engine_core.resources, "engine_manager", None)
         _processes[:] = manager.processes if manager else []
+        _drain(engine_client, ours, owner=manager is not None)
 
 
 def _compressors(
@@ -115,6 +118,26 @@ def _watch(engine_client: Any, state: ServerState) -> None:
             yield output
 
     engine_client.generate = watched
+
+
+def _drain(engine_client: Any, state: ServerState, *, owner: bool) -> None:
+    """Let what runs end before the engine's client is closed, and refuse what comes meanwhile.
+
+    Of several API processes none owns the engine, and vLLM closes their clients at once, with all
+    they wait for; it waits only in the one that owns the engine. Can go when it always does.
+    """
+    close = engine_client.shutdown
+
+    def shutdown(timeout: float | None = None) -> None:  # on a thread beside the event loop
+        state.stopping = True
+        # their parent kills them at the end of the same limit
+        until = time.monotonic() + max(0.0, (timeout or 0) - KILL_MARGIN)
+        unfinished = engine_client.output_processor.get_num_unfinished_requests
+        while not owner and unfinished() and time.monotonic() < until:
+            time.sleep(0.05)
+        close(timeout)
+
+    engine_client.shutdown = shutdown
 
 
 async def _models(request: Request) -> JSONResponse:

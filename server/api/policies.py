@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,13 +151,16 @@ def read_stats(state: ServerState) -> Stats:
     def value(name: str) -> float:
         return sum(s.value for s in samples if s.name == f"kvthrift_{name}")
 
-    def by_policy(name: str) -> dict[str, float]:
-        wanted = f"kvthrift_{name}"
-        return {s.labels["policy"]: s.value for s in samples if s.name == wanted}
+    def by(label: str, name: str) -> dict[str, float]:
+        sums: dict[str, float] = defaultdict(float)
+        for s in samples:
+            if s.name == f"kvthrift_{name}":
+                sums[s.labels[label]] += s.value
+        return sums
 
     if not value("kv_capacity_pages"):
         raise HTTPException(503, state.why_no_stats)
-    running, held = by_policy("requests_running"), by_policy("kv_held_tokens")
+    running, held = by("policy", "requests_running"), by("policy", "kv_held_tokens")
     return Stats(
         server_policy=str(state.policy) if state.policy else None,
         capacity_pages=int(value("kv_capacity_pages")),
@@ -163,7 +168,9 @@ def read_stats(state: ServerState) -> Stats:
         capacity_bytes=int(value("kv_capacity_bytes")),
         used_bytes=int(value("kv_used_bytes")),
         token_bytes=value("kv_token_bytes"),
-        compression_ratio=value("kv_compression_ratio") or None,
+        compression_ratio=_mean(
+            by("engine", "kv_compression_ratio"), by("engine", "kv_used_bytes")
+        ),
         tokens_dropped=int(value("tokens_dropped_total")),
         pages_given_back=int(value("pages_given_back_total")),
         prefix_hit_tokens=int(value("prefix_hit_tokens_total")),
@@ -172,6 +179,15 @@ def read_stats(state: ServerState) -> Stats:
             for name, n in sorted(running.items())
         },
     )
+
+
+def _mean(ratios: dict[str, float], used: dict[str, float]) -> float | None:
+    """Compression of all engines: weighted by the bytes used, while any are."""
+    found = {engine: ratio for engine, ratio in ratios.items() if ratio}
+    weights = [used.get(engine, 0) for engine in found]
+    if not found:
+        return None
+    return fmean(found.values(), weights if sum(weights) else None)
 
 
 @router.get("/policies", include_in_schema=False)

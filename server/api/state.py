@@ -35,6 +35,7 @@ class ServerState:
         tokenizer: the served model's; None until the engine is up.
         compressors: of prompts, by name.
         compression: what happens to prompts that do not say.
+        stopping: the process was told to stop and only ends what runs.
 
     """
 
@@ -45,6 +46,7 @@ class ServerState:
     tokenizer: Any = None
     compressors: dict[str, Compressor] = field(default_factory=dict)
     compression: PromptCompression | None = None
+    stopping: bool = False
 
     async def compressor(self, wanted: object) -> tuple[PromptCompression, Compressor] | None:
         """How a request's prompt is compressed, and what does it; None: not at all.

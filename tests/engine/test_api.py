@@ -102,6 +102,24 @@ def test_streams_chats_several_prompts_and_samples_say_it_too(client: openai.Ope
     assert held(many)["policy"] == "snapkv(budget=96)+kivi-4bit"
 
 
+def test_what_a_stop_string_ends_says_it_too(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "fast", "max_tokens": 60, "temperature": 0}
+    free = client.completions.create(prompt=prompt("stop"), **ask)
+    word = free.choices[0].text.split()[3]
+    done = client.completions.create(prompt=prompt("stop"), stop=word, **ask)
+    assert (done.choices[0].finish_reason, word in done.choices[0].text) == ("stop", False)
+    usage = done.usage
+    assert usage is not None
+    assert held(done)["policy"] == "snapkv(budget=96)+kivi-4bit"
+    # all but the last token has passed through the model
+    assert held(done)["computed_tokens"] == usage.prompt_tokens + usage.completion_tokens - 1
+    assert held(done)["kept_tokens"] == 96 + usage.completion_tokens - 1
+    stream = client.completions.create(
+        prompt=prompt("stop"), stop=word, stream=True, stream_options={"include_usage": True}, **ask
+    )
+    assert held(list(stream)[-1])["kept_tokens"] == held(done)["kept_tokens"]
+
+
 def test_a_prompt_is_compressed_and_the_question_stays(client: openai.OpenAI) -> None:
     text = prompt("compress") + "The code of the door is 4711. " + NOISE * 5
     ask: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "logprobs": 1}
@@ -284,6 +302,17 @@ def test_two_api_processes_count_once_and_a_key_from_a_file_is_wanted(
         assert f'"tokens_dropped":{dropped},' in seen.pop()
         text = httpx.get(f"{two.url}/metrics").text
         assert 'kvthrift_requests_total{finish_reason="length",policy="streaming-llm"} 16.0' in text
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(long_answer, two.url, "sesame") for _ in range(4)]
+            time.sleep(2)
+            psutil.Process(two.pid).send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            late = httpx.post(
+                f"{two.url}/v1/completions", json={"model": MODEL, "prompt": "x"}, headers=header
+            )
+            assert late.status_code == 503, late.text
+            assert [a.result().usage.completion_tokens for a in answers] == [100] * 4
+        assert psutil.Process(two.pid).wait(60) == 0
 
 
 def test_a_server_with_a_request_log_and_compression_by_default_ends_what_runs_when_told_to_stop(

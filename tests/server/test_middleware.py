@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import httpx
 import pytest
@@ -15,9 +15,14 @@ from starlette.routing import Route
 from cache_policies.errors import PolicyError
 from server.api.middleware import LOG, Limits, PolicyMiddleware
 from server.api.state import ServerState, parse_aliases
+from server.compression import Compressor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.requests import Request
+
+    from server.compression.base import Word
 
 FACTS = {
     "policy": "snapkv+kivi-4bit", "prompt_tokens": 10, "cached_tokens": 0, "computed_tokens": 20,
@@ -36,7 +41,7 @@ class Server:
         self.held.set()
         routes = [
             Route(path, self.answer, methods=["POST"])
-            for path in ("/v1/completions", "/v1/chat/completions", "/v1/other")
+            for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/other")
         ]
         app = Starlette(routes=routes)
         self.app = PolicyMiddleware(app, self.state, Limits(max_body, max_requests, log=True))
@@ -152,7 +157,8 @@ def test_what_is_refused() -> None:
     refused(answer, 400, "no compressor 'llmlingua-2'")
     refused(server.post({"model": "m" * 1000}), 413, "over 1000 bytes")
     assert not server.asked
-    assert server.post(b"x" * 2000, path="/v1/other").status_code == 400  # not ours: no limit
+    refused(server.post(b"x" * 2000, path="/v1/other"), 413, "over 1000 bytes")
+    assert server.post(b"x" * 200, path="/v1/other").status_code == 400  # vLLM's own
 
 
 def test_too_much_without_a_length_is_refused_before_it_is_read_whole() -> None:
@@ -192,6 +198,65 @@ def test_requests_over_the_limit_get_429_and_a_time_to_wait() -> None:
     refused(third, 429, "2 requests are under way")
     assert third.headers["retry-after"] == "1"
     assert first.status_code == second.status_code == fourth.status_code == 200
+
+
+def test_other_routes_are_passed_on_as_they_are_and_not_counted_unless_they_generate() -> None:
+    server = Server(max_requests=0)
+    answer = server.post({"model": "m"}, path="/v1/other")
+    assert answer.json()["kv_transfer_params"] == {"kv_cache": FACTS}
+    refused(server.post({"model": "m"}, path="/v1/responses"), 429, "under way")
+
+
+def test_a_server_that_is_stopping_takes_no_more() -> None:
+    server = Server()
+    server.state.stopping = True
+    answer = server.post({"model": "m"})
+    refused(answer, 503, "is stopping")
+    assert answer.headers["retry-after"] == "10"
+    assert not server.asked
+
+
+class Endless(Compressor):
+    """Never done, and remembers whether it was stopped."""
+
+    name: ClassVar[str] = "selective"
+
+    def __init__(self) -> None:
+        self.begun, self.stopped = asyncio.Event(), False
+
+    async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
+        self.begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.stopped = True
+            raise
+        return [0.0] * len(words)
+
+
+def test_compression_ends_when_the_client_leaves() -> None:
+    server, endless = Server(), Endless()
+    server.state.compressors = {"selective": endless}
+    body = json.dumps({"prompt": "a b c\nd", "prompt_compression": {"method": "selective"}})
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+
+    async def run() -> None:
+        messages = [{"type": "http.request", "body": body.encode()}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await endless.begun.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        await asyncio.wait_for(server.app(scope, receive, send), 10)
+
+    asyncio.run(run())
+    assert endless.stopped
+    assert not server.asked
 
 
 def test_a_log_line_says_who_and_what_but_no_text(caplog: pytest.LogCaptureFixture) -> None:
