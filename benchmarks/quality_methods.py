@@ -1,17 +1,19 @@
 """Quality of retention and retrieval methods on the embedded model, in one engine.
 
-Usage: ``python benchmarks/quality_methods.py [--codec fp16] [--tokens 1000] [--workload W ...]
-[--ratio R ...] [--out FILE]``
+Usage: ``python -m benchmarks.quality_methods [--codec fp16] [--tokens 1000] [--workload W ...]
+[--ratio R ...] [--method NAME ...] [--out FILE]``
 
 For every method at 2x, 4x and 8x (kept tokens against the prompt's):
 
 * mean scores of the tasks of load-test workloads, by default passkeys of 7 and 64 digits at two
-  depths. The first answer token is free: it is computed from the whole prompt by methods that
-  cut after it.
+  depths, RULER's needle among others, variable chain and most common words, and the next line of
+  code. The first answer token is free: it is computed from the whole prompt by methods that cut
+  after it.
+* same: the mean share of an answer that equals the answer under ``all``, from its start.
 * KL: mean divergence of the second answer token's distribution from that under ``all``, over
-  prompts that are growing pieces of one text. The first token is the same for all, and the
-  second one is the first to be computed from what was kept. The 200 likeliest tokens are
-  compared, the rest counted as one.
+  pieces of Python's own documentation. The first token is the same for all, and the second one is
+  the first to be computed from what was kept. The 200 likeliest tokens are compared, the rest
+  counted as one.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import json
 import math
 import os
 import statistics
+from itertools import takewhile
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.end_to_end import ENVIRONMENT, text
+from benchmarks.end_to_end import ENVIRONMENT
 from loadtest.quality import score
 from loadtest.quality.metrics import partial_key
 from loadtest.tokens import LocalTokenizer
@@ -34,7 +38,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RATIOS = (2, 4, 8)
-PASSKEY = "passkey(lengths={tokens},depths=0.25|0.65,texts=essay)"
+WORKLOADS = (
+    "passkey(lengths={tokens},depths=0.25|0.65,texts=essay|noise)",
+    "ruler(lengths={tokens},samples=2,tasks=multikey|vt|cwe)",
+    "code(lengths={tokens},samples=3)",
+)
+TOPICS = ("execmodel", "import")  # of Python's documentation
+PIECES = (0.8, 0.9, 1.0, 1.1)  # of the tokens of a prompt
 LIKELIEST = 200
 MAX_LEN = 4096
 
@@ -68,6 +78,7 @@ class Runner:
             max_model_len=MAX_LEN, max_num_batched_tokens=512, kv_cache_memory_bytes=2 << 30,
             block_size=128, max_logprobs=LIKELIEST, additional_config={"cache_policy": codec},
         )  # fmt: skip
+        self.answers: dict[str, Any] = {}
 
     def generate(self, prompts: list[Any], method: str, **sampling: Any) -> list[Any]:
         """Greedy answers."""
@@ -77,24 +88,38 @@ class Runner:
         return [out.outputs[0] for out in self.llm.generate(prompts, chosen, use_tqdm=False)]
 
     def scores(self, method: str, items: list[Item]) -> dict[str, float]:
-        """Mean score of every task; the partial score too, of passkeys."""
+        """Mean score of every task; the partial score too, of passkeys; and ``same``."""
         scores: dict[str, list[float]] = {}
         for size in sorted({i.max_tokens for i in items}):
             group = [i for i in items if i.max_tokens == size]
-            answers = self.generate([i.prompt for i in group], method, max_tokens=size)
+            answers = self.generate([self._prompt(i) for i in group], method, max_tokens=size)
             for item, answer in zip(group, answers, strict=True):
                 found = score(item, answer.text)
                 scores.setdefault(item.task, []).append(0.0 if found is None else found)
                 if item.metric == "exact_key":
                     partial = partial_key(answer.text, item.references[0])
                     scores.setdefault(item.task + " partial", []).append(partial)
+                whole = self.answers.setdefault(item.id, answer.token_ids)  # of ``all``, the first
+                equal = takewhile(
+                    lambda pair: pair[0] == pair[1], zip(whole, answer.token_ids, strict=False)
+                )
+                scores.setdefault("same", []).append(sum(1 for _ in equal) / max(1, len(whole)))
         return {task: statistics.mean(values) for task, values in sorted(scores.items())}
 
+    def _prompt(self, item: Item) -> str:
+        if not item.chat:
+            return item.prompt
+        said = [{"role": "user", "content": item.prompt}]
+        tokenizer = self.llm.get_tokenizer()
+        return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+
     def second_tokens(self, method: str, tokens: int) -> list[dict[int, float]]:
-        """Log probabilities of the second answer token over pieces of one text."""
-        ids = self.llm.get_tokenizer().encode(text(2 * tokens, seed=3))
-        ends = range(tokens - 300, tokens + 300, 100)
-        prompts = [{"prompt_token_ids": ids[:end]} for end in ends]
+        """Log probabilities of the second answer token over pieces of texts."""
+        prompts = [
+            {"prompt_token_ids": self.llm.get_tokenizer().encode(topics[topic])[:end]}
+            for topic in TOPICS
+            for end in (int(tokens * piece) for piece in PIECES)
+        ]
         answers = self.generate(prompts, method, max_tokens=2, ignore_eos=True, logprobs=LIKELIEST)
         return [{t: p.logprob for t, p in a.logprobs[1].items()} for a in answers]
 
@@ -116,6 +141,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--ratio", type=int, action="append")
     parser.add_argument("--workload", action="append", help="as for kvthrift loadtest")
+    parser.add_argument("--method", action="append", help="names of the table (default: all)")
     parser.add_argument("--out")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -124,12 +150,13 @@ def main() -> None:
     tokenizer = LocalTokenizer(str(get_model("smollm2-135m")))
     items = [
         item
-        for text_ in options.workload or [PASSKEY.format(tokens=options.tokens)]
-        for item in parse_workload(text_).items(tokenizer, 0, MAX_LEN)
+        for workload in options.workload or [w.format(tokens=options.tokens) for w in WORKLOADS]
+        for item in parse_workload(workload).items(tokenizer, 0, MAX_LEN)
     ]
     chosen = [("1x", "all", "all")]
     for ratio in options.ratio or RATIOS:
-        chosen += [(f"{ratio}x", n, m) for n, m in methods(ratio, options.tokens).items()]
+        named = methods(ratio, options.tokens)
+        chosen += [(f"{ratio}x", n, named[n]) for n in options.method or named]
     for ratio_name, name, method in chosen:
         scores = runner.scores(method, items)
         seconds = runner.second_tokens(method, options.tokens)
