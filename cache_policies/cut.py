@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from cache_policies.clock import Clock
-from cache_policies.codecs.affine import AffineCodec
 from cache_policies.retention.base import Seen
 
 if TYPE_CHECKING:
@@ -59,9 +58,8 @@ class Layer:
 
     @property
     def rewrites_all(self) -> bool:
-        """Whether tokens share scales, so that one cannot be replaced alone."""
-        codec = self.layout.codec
-        return isinstance(codec, AffineCodec) and codec.keys_per_channel
+        """Whether a token shares scales or its place with others, and is not replaced alone."""
+        return self.layout.residual > 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cache_policies.errors import PolicyError
+
 if TYPE_CHECKING:
     from cache_policies.codecs.base import Codec
 
@@ -54,6 +56,9 @@ class PageLayout:
         head_size: channels of one KV head.
         page_tokens: tokens a store page holds (vLLM's block size).
         model_dtype: dtype of the keys and values the model produces.
+        shared_residual: tokens absorbed at once where layers of other codecs share the block
+            table; 0: the codec's own.
+        least_ring_pages: ring pages that they need.
 
     """
 
@@ -61,9 +66,21 @@ class PageLayout:
     head_size: int
     page_tokens: int
     model_dtype: torch.dtype
+    shared_residual: int = 0
+    least_ring_pages: int = 0
 
     def __post_init__(self) -> None:
         self.codec.check(self.head_size, self.page_tokens, self.model_dtype)
+        if self.codec.residual and self.residual % self.codec.residual:
+            raise PolicyError(
+                f"{self.codec}: residual {self.codec.residual} does not divide {self.residual}, "
+                "that of other layers"
+            )
+
+    @property
+    def residual(self) -> int:
+        """Recent tokens kept in the ring until they are absorbed together; 0: none."""
+        return self.shared_residual or self.codec.residual
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
@@ -105,7 +122,7 @@ class PageLayout:
     @cached_property
     def ring_pages(self) -> int:
         """Ring pages of one request; 0 for codecs that encode a token at once."""
-        return -(-self.codec.residual // self.ring_tokens) if self.codec.residual else 0
+        return max(self.least_ring_pages, -(-self.residual // self.ring_tokens))
 
     def views(self, page: torch.Tensor) -> dict[str, torch.Tensor]:
         """Typed views of a store page.

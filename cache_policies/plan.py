@@ -50,7 +50,7 @@ class Plan:
     @classmethod
     def of(cls, layout: PageLayout) -> Plan:
         """The plan of a page layout."""
-        return cls(layout.page_tokens, max(1, layout.codec.residual), layout.ring_pages)
+        return cls(layout.page_tokens, max(1, layout.residual), layout.ring_pages)
 
     def stored(self, held: Count) -> Count:
         """Tokens in the store when ``held`` tokens are held."""

@@ -1,10 +1,11 @@
 """The policy string: parse, validate, print back.
 
 Grammar: ``term ['+' term]``, a term being ``name`` or ``name(key=value, ...)``. One term may
-name a codec (how a stored token is encoded) and one a retention method (which tokens stay) or
-a retrieval method (which pages a query reads)::
+name a codec (how a stored token is encoded), one another codec for the first and last layers, and
+one a retention method (which tokens stay) or a retrieval method (which pages a query reads)::
 
     kivi-2bit    snapkv(budget=1024)    snapkv(budget=1024)+kivi-4bit    infllm(topk=16)+int8
+    kivi-2bit+layers(first=2,last=2,codec=fp16)
 
 Without a codec, tokens are stored in float16.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
+from cache_policies.layers import EdgeLayers
 from cache_policies.parameters import parameters, read_arguments, shown
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from cache_policies.retention.base import Retention
     from cache_policies.retrieval.base import Retrieval
 
+EDGE_PARAMETERS = parameters(EdgeLayers)
 DEFAULT_CODEC = "fp16"
+EDGES = "layers"
 KEEP_ALL = "all"  # a request's way to say: no retention method, every page is read
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")
@@ -64,12 +68,14 @@ class Policy:
         codec: how a stored token is encoded; the same for every request of an engine.
         codec_name: the codec's name as the user wrote it, e.g. ``kivi-4bit``.
         method: what is kept and read; a request may choose another.
+        edges: first and last layers, where they have another codec.
 
     """
 
     codec: Codec
     codec_name: str
     method: Method = Method()
+    edges: EdgeLayers | None = None
 
     def __str__(self) -> str:
         """The canonical string; it parses back to an equal policy."""
@@ -77,9 +83,10 @@ class Policy:
 
     @property
     def codec_string(self) -> str:
-        """The canonical string of the codec alone."""
+        """The canonical string of the codecs alone."""
         entry = CODECS[self.codec_name]
-        return shown(self.codec_name, self.codec, parameters(entry.cls, dict(entry.fixed)))
+        text = shown(self.codec_name, self.codec, parameters(entry.cls, dict(entry.fixed)))
+        return f"{text}+{shown(EDGES, self.edges, EDGE_PARAMETERS)}" if self.edges else text
 
 
 def parse(text: str) -> Policy:
@@ -95,17 +102,27 @@ def parse(text: str) -> Policy:
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> Policy:
-    method, codecs = _split(text)
-    if len(codecs) > 1:
-        raise PolicyError(f"cache policy {text!r}: only one codec can be given; {_allowed()}")
+    method, layout = _split(text)
+    codecs = [term for term in layout if term[0] != EDGES]
+    edges = [term for term in layout if term[0] == EDGES]
+    if max(len(codecs), len(edges)) > 1:
+        what = "codec" if len(codecs) > 1 else f"term {EDGES!r}"
+        raise PolicyError(f"cache policy {text!r}: only one {what} can be given; {_allowed()}")
     name, arguments = codecs[0] if codecs else (DEFAULT_CODEC, None)
     entry = CODECS[name]
     allowed = parameters(entry.cls, dict(entry.fixed))
     try:
         codec = entry.build(**read_arguments(name, arguments, allowed))
+        return Policy(codec, name, method, _edges(codec, *edges[0]) if edges else None)
     except PolicyError as error:
         raise PolicyError(f"cache policy {text!r}: {error}") from None
-    return Policy(codec, name, method)
+
+
+def _edges(codec: Codec, name: str, arguments: str | None) -> EdgeLayers:
+    edges = EdgeLayers(**read_arguments(name, arguments, EDGE_PARAMETERS))  # type: ignore[arg-type]
+    if edges.built == codec:
+        raise PolicyError(f"{EDGES}: codec={edges.codec} is that of the other layers already")
+    return edges
 
 
 def parse_method(text: str) -> Method:
@@ -120,10 +137,11 @@ def parse_method(text: str) -> Method:
 
 @lru_cache(maxsize=1024)
 def _parse_method(text: str) -> Method:
-    method, codecs = _split(text)
-    if codecs:
+    method, layout = _split(text)
+    if layout:
+        what = "layers" if layout[0][0] == EDGES else f"the codec {layout[0][0]!r}"
         raise PolicyError(
-            f"cache policy {text!r}: a request cannot choose the codec {codecs[0][0]!r}, which "
+            f"cache policy {text!r}: a request cannot choose {what}, which "
             "fixes the page layout of the whole server (kvthrift serve --cache-policy); "
             f"allowed: {', '.join(_method_names())}"
         )
@@ -137,16 +155,16 @@ def _string(text: object) -> str:
 
 
 def _split(text: str) -> tuple[Method, list[tuple[str, str | None]]]:
-    """The method of a policy string, and the codecs it names with their arguments."""
-    codecs: list[tuple[str, str | None]] = []
+    """The method of a policy string, and what decides its pages: names with their arguments."""
+    layout: list[tuple[str, str | None]] = []
     methods: list[Method] = []
     for term in text.split("+"):
         match = _TERM.fullmatch(term)
         if not match:
             raise PolicyError(f"cache policy {text!r} is not name(key=value,...); {_allowed()}")
         name, arguments = match[1], match[2]
-        if name in CODECS:
-            codecs.append((name, arguments))
+        if name in CODECS or name == EDGES:
+            layout.append((name, arguments))
         else:
             methods.append(_method(text, name, arguments))
     if len(methods) > 1:
@@ -154,7 +172,7 @@ def _split(text: str) -> tuple[Method, list[tuple[str, str | None]]]:
             f"cache policy {text!r}: {methods[0]} and {methods[1]} cannot be combined; one "
             "retention or retrieval method and one codec can"
         )
-    return methods[0] if methods else Method(), codecs
+    return methods[0] if methods else Method(), layout
 
 
 def _method(text: str, name: str, arguments: str | None) -> Method:
@@ -179,4 +197,4 @@ def _method_names() -> list[str]:
 
 
 def _allowed() -> str:
-    return f"allowed: {', '.join(CODECS)}; and with '+': {', '.join(_method_names())}"
+    return f"allowed: {', '.join(CODECS)}; and with '+': {', '.join([*_method_names(), EDGES])}"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cache_policies.page import PageLayout
+from cache_policies.layers import is_edge, layouts
 from cache_policies.plan import Plan
 from cache_policies.request import Engine, span_of
 
@@ -77,9 +77,10 @@ def capacity(
         PolicyError: the policy cannot store this shape.
 
     """
-    layout = PageLayout(policy.codec, shape.head_size, page_tokens, shape.dtype)
-    plan = Plan.of(layout)
-    page_bytes = layout.head_bytes * shape.num_kv_heads * shape.layers
+    both = layouts(policy, shape.head_size, page_tokens, shape.dtype)
+    plan = Plan.of(both[0])
+    edges = [is_edge(policy, layer, shape.layers) for layer in range(shape.layers)]
+    page_bytes = sum(both[edge].head_bytes for edge in edges) * shape.num_kv_heads
     engine = Engine(plan, shape.layers, longest=2 * tokens, room=2**31)
     span = span_of(policy.method, engine, tokens)
     pages = span.pages(tokens) - len(span.given_back(tokens))

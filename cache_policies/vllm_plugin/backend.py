@@ -29,7 +29,7 @@ from cache_policies.cut import Layer, Tokens
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Batch, Shape
-from cache_policies.page import PageLayout
+from cache_policies.layers import is_edge, layouts
 from cache_policies.step import Step
 from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from cache_policies.page import PageLayout
 
 
 # vLLM shows only loggers below its own name.
@@ -59,12 +61,20 @@ class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
         return RingStoreMetadataBuilder
 
+    edge = False
+
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         policy = RingStoreImpl.policy_in_use
         if policy is None or type(spec) is not FullAttentionSpec or spec.sliding_window:
             return spec
-        return RingStoreSpec.of(spec, policy, RingStoreImpl.layers_in_use)
+        return RingStoreSpec.of(spec, policy, RingStoreImpl.layers_in_use, edge=cls.edge)
+
+
+class EdgeBackend(RingStoreBackend):
+    """The same for first and last layers that have another codec."""
+
+    edge = True
 
 
 @dataclass
@@ -138,9 +148,14 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         asked = settings(vllm_config)
         cls.policy_in_use = str(asked.policy) if asked else None
         cls.layers_in_use = vllm_config.model_config.get_total_num_hidden_layers()
-        if asked is None or not _is_full_attention(*args, **kwargs):
-            return CPUAttentionBackendImpl(*args, **kwargs)
-        return super().__new__(cls)
+        if asked is not None and _is_full_attention(*args, **kwargs):
+            return super().__new__(cls)
+        if asked is not None and asked.policy.edges:
+            raise PolicyError(
+                "a cache policy with layers(...) cannot serve a model with layers of another kind "
+                "than full attention"
+            )
+        return CPUAttentionBackendImpl(*args, **kwargs)
 
     def __init__(
         self,
@@ -179,16 +194,31 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
         self._model_config = vllm_config.model_config
+        self._modules = vllm_config.compilation_config.static_forward_context
         logger.info_once(
             "kvthrift: cache policy %s, attention kernel %s",
             str(asked.policy),
             self._kernel_class.summary(),
         )
         # Refuses a head size or group now rather than in the first step.
-        self._layout(vllm_config.cache_config.block_size)
+        self._layouts(vllm_config.cache_config.block_size)
+        self._is_edge(0)
 
-    def _layout(self, page_tokens: int) -> PageLayout:
-        return PageLayout(self.settings.policy.codec, self.head_size, page_tokens, self.model_dtype)
+    def _layouts(self, page_tokens: int) -> tuple[PageLayout, PageLayout]:
+        return layouts(self.settings.policy, self.head_size, page_tokens, self.model_dtype)
+
+    def _is_edge(self, index: int) -> bool:
+        return is_edge(self.settings.policy, index, self.layers_in_use)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Give an edge layer its backend, before vLLM asks the backend for the layer's pages.
+
+        A backend is not told which layer it is asked about. Can go when it is.
+        """
+        del act_dtype
+        for name, module in self._modules.items():
+            if getattr(module, "impl", None) is self and self._is_edge(extract_layer_index(name)):
+                module.attn_backend = EdgeBackend
 
     def do_kv_cache_update(self, *_: Any) -> None:
         """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
@@ -238,9 +268,10 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         return output
 
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
-        layout = self._layout(kv_cache.shape[2])
+        index = extract_layer_index(layer.layer_name)
+        layout = self._layouts(kv_cache.shape[2])[self._is_edge(index)]
         return Layer(
-            index=extract_layer_index(layer.layer_name),
+            index=index,
             layers=self._model_config.get_total_num_hidden_layers(),
             layout=layout,
             kernel=self._kernel_class(layout, self.shape),

@@ -40,8 +40,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         policy = kv_cache_spec.policy_in_force
         self.policy = str(policy)
         self.default, self.codec = policy.method, policy.codec_string
-        self._layer_page_bytes = int(kv_cache_spec.page_size_bytes)
-        self._layer_half_bytes = 4 * kv_cache_spec.num_kv_heads * kv_cache_spec.head_size
+        self._spec = kv_cache_spec
         # of the layers that share this manager's pages, and this worker's KV heads
         self.page_bytes = self.half_bytes_per_token = 0
         self.given_back = 0  # pages, not counted in the metrics yet
@@ -49,17 +48,18 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
 
-    def attach(self, requests: Mapping[str, Request], longest: int, layers: int) -> None:
+    def attach(self, requests: Mapping[str, Request], longest: int, layers: Sequence[int]) -> None:
         """Let the manager see the scheduler's requests.
 
         Args:
             requests: by id, kept up to date by the scheduler.
             longest: most tokens of a request.
-            layers: that share this manager's pages; in a hybrid model not all of them.
+            layers: numbers of those that share this manager's pages; in a hybrid model not all.
 
         """
-        self.page_bytes = self._layer_page_bytes * layers
-        self.half_bytes_per_token = self._layer_half_bytes * layers
+        spec = self._spec
+        self.page_bytes = spec.page_bytes_of(layers)
+        self.half_bytes_per_token = 4 * spec.num_kv_heads * spec.head_size * len(layers)
         room = self.block_pool.num_gpu_blocks - 1 if self.enable_caching else None
         self._requests, self._engine = requests, Engine(self.plan, self.layers, longest, room)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
@@ -40,7 +41,8 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self._hit_tokens: dict[str, int] = {}
         groups = self.kv_cache_config.kv_cache_groups
         for manager in self.policy_managers:
-            layers = len(groups[manager.kv_cache_group_id].layer_names)
+            names = groups[manager.kv_cache_group_id].layer_names
+            layers = [extract_layer_index(name) for name in names]
             manager.attach(self.requests, self.max_model_len, layers)
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:

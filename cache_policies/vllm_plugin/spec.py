@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from cache_policies.page import PageLayout
+from cache_policies.layers import is_edge, layouts
 from cache_policies.plan import Plan
 from cache_policies.policy import Policy, parse
 from cache_policies.vllm_plugin.config import SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.config import VllmConfig
+
+    from cache_policies.page import PageLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +31,22 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         policy: canonical policy string.
         model_dtype: dtype of keys and values; ``dtype`` itself is uint8, the pages' type.
         layers: attention layers of the model, for budgets that differ between them.
+        edge: whether the layer has the codec of the policy's term ``layers``.
 
     """
 
     policy: str
     model_dtype: torch.dtype
     layers: int
+    edge: bool = False
 
     @classmethod
-    def of(cls, spec: AttentionSpec, policy: str, layers: int) -> RingStoreSpec:
+    def of(cls, spec: AttentionSpec, policy: str, layers: int, *, edge: bool) -> RingStoreSpec:
         """Our spec of a layer for which vLLM made ``spec``."""
         given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        given.update(dtype=torch.uint8, policy=policy, model_dtype=spec.dtype, layers=layers)
+        given.update(
+            dtype=torch.uint8, policy=policy, model_dtype=spec.dtype, layers=layers, edge=edge
+        )
         return cls(**given)
 
     @classmethod
@@ -56,7 +63,14 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
     @property
     def layout(self) -> PageLayout:
         """Page fields; vLLM may change the block size, so they are derived from it."""
-        return _layout(self.policy, self.head_size, self.block_size, self.model_dtype)
+        both = layouts(self.policy_in_force, self.head_size, self.block_size, self.model_dtype)
+        return both[self.edge]
+
+    def page_bytes_of(self, layers: Iterable[int]) -> int:
+        """Bytes of a page in these layers of the model together."""
+        policy, sizes = self.policy_in_force, {self.edge: int(self.page_size_bytes)}
+        sizes[not self.edge] = int(replace(self, edge=not self.edge).page_size_bytes)
+        return sum(sizes[is_edge(policy, layer, self.layers)] for layer in layers)
 
     @property
     def plan(self) -> Plan:
@@ -82,11 +96,6 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Pages given back keep their place in the row; what was kept follows them.
         return self.plan.pages(max_len) + self.plan.store_pages(max_len) + 1
-
-
-@lru_cache
-def _layout(policy: str, head_size: int, page_tokens: int, dtype: torch.dtype) -> PageLayout:
-    return PageLayout(parse(policy).codec, head_size, page_tokens, dtype)
 
 
 # Registering alone would leave out vLLM's own specs, which register themselves only when the

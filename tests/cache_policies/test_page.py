@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from cache_policies.codecs import packing
 from cache_policies.errors import PolicyError
+from cache_policies.layers import layouts
 from cache_policies.page import PageLayout
+from cache_policies.plan import Plan
 from cache_policies.policy import parse
 
 POLICIES = (
@@ -60,6 +62,19 @@ def test_writing_in_parts_equals_writing_at_once(policy: str) -> None:
         layout.codec.write(layout.views(pages[1]), start, key[:, span], value[:, span])
     used = sum(field.num_bytes for field in layout.fields)
     assert torch.equal(pages[0, :, :used], pages[1, :, :used])
+
+
+@pytest.mark.parametrize(
+    ("text", "residual"), [("kivi-2bit+layers(codec=fp16)", 128), ("raw+layers(codec=fp16)", 0)]
+)
+def test_layers_of_two_codecs_have_one_plan(text: str, residual: int) -> None:
+    inner, edge = layouts(parse(text), 64, 128, torch.float32)
+    assert Plan.of(inner) == Plan.of(edge)
+    assert inner.residual == edge.residual == residual
+    assert all(x.ring_pages * x.ring_tokens >= residual for x in (inner, edge))
+    assert inner.head_bytes != edge.head_bytes
+    with pytest.raises(PolicyError, match="residual 128 does not divide 32, that of other layers"):
+        PageLayout(parse("kivi-2bit").codec, 64, 128, torch.float32, shared_residual=32)
 
 
 def test_constant_groups_and_huge_values_stay_finite() -> None:

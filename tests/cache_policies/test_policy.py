@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
+from cache_policies.layers import is_edge
 from cache_policies.policy import parse, parse_method
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
@@ -77,6 +78,12 @@ def test_printed_policy_parses_to_an_equal_one(
         ("all(budget=3)", "unknown cache policy 'all'"),
         ("flexgen-4bit(group=128)", "group=128 is not one of (16, 32, 64)"),
         ("kivi-4bit+fp16", "only one codec"),
+        ("kivi-4bit+layers+layers", "only one term 'layers'"),
+        ("kivi-4bit+layers(first=0,last=0)", "first=0, last=0 names no layer"),
+        ("kivi-4bit+layers(first=-1)", "names no layer"),
+        ("kivi-4bit+layers(codec=kivi-5bit)", "codec=kivi-5bit is not one of raw, fp16"),
+        ("kivi-4bit+layers(bits=8)", "it has: first=2, last=2, codec=fp16"),
+        ("layers", "codec=fp16 is that of the other layers already"),
     ],
 )
 def test_refused_with_what_is_allowed(text: str, named: str) -> None:
@@ -111,6 +118,29 @@ def test_every_method_combines_with_every_codec(name: str, codec: str) -> None:
 )  # fmt: skip
 def test_a_method_prints_what_differs_from_its_defaults(text: str) -> None:
     assert parse_method(str(parse_method(text))) == parse_method(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kivi-2bit+layers", "snapkv(budget=512)+kivi-2bit+layers(first=1,last=0)",
+        "int8+layers(codec=kivi-4bit)",
+    ],
+)  # fmt: skip
+def test_edge_layers_print_and_parse(text: str) -> None:
+    policy = parse(text)
+    assert str(policy) == text
+    assert parse(str(policy)) == policy
+    with pytest.raises(PolicyError, match=r"cannot choose .*whole server"):
+        parse_method(text)
+
+
+def test_edge_layers_are_counted_from_both_ends_and_must_leave_others() -> None:
+    policy = parse("kivi-2bit+layers(first=1,last=2)")
+    assert [is_edge(policy, layer, 5) for layer in range(5)] == [True, False, False, True, True]
+    assert not is_edge(parse("kivi-2bit"), 0, 5)
+    with pytest.raises(PolicyError, match=r"takes all of the model's 3 layers"):
+        is_edge(policy, 0, 3)
 
 
 def test_without_a_codec_tokens_are_float16() -> None:

@@ -68,7 +68,7 @@ def test_the_tokens_of_the_definition_are_kept_whatever_the_chunks(
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(list(retention_methods())),
-    codec=st.sampled_from(["raw", "fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit"]),
+    codec=st.sampled_from(list(GROUP_ERROR)),
     seed=st.integers(0, 1000),
     caching=st.booleans(),
 )

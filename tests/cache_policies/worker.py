@@ -8,7 +8,7 @@ import torch
 from cache_policies.cut import Layer, Tokens
 from cache_policies.kernels.contract import Kernel, Shape
 from cache_policies.kernels.cpu import CpuKernel
-from cache_policies.page import PageLayout
+from cache_policies.layers import layouts
 from cache_policies.plan import Plan
 from cache_policies.policy import parse, parse_method
 from cache_policies.request import Engine, RequestState, span_of
@@ -53,7 +53,8 @@ class Worker:
         pages: int = 200,
         layer: tuple[int, int] = (0, 1),
     ) -> None:
-        layout = PageLayout(parse(codec).codec, SIZE, PAGE, torch.float32)
+        policy = parse(codec)
+        layout = layouts(policy, SIZE, PAGE, torch.float32)[policy.edges is not None]
         self.plan = Plan.of(layout)
         self.engine = Engine(self.plan, layer[1], 8000, 10**6 if caching else None)
         memory = torch.full((pages, KV_HEADS, layout.head_bytes), 255, dtype=torch.uint8)
@@ -136,4 +137,4 @@ class Worker:
 
 # Largest mean error of a held token. Keys of KIVI are encoded anew at every cut, which adds up.
 GROUP_ERROR = {"raw": 1e-6, "fp16": 1e-3, "int8": 1e-2, "flexgen-4bit": 0.15, "kivi-4bit": 0.2,
-               "kivi-2bit": 0.8}  # fmt: skip
+               "kivi-2bit": 0.8, "kivi-2bit+layers(codec=fp16)": 1e-3}  # fmt: skip

@@ -131,6 +131,25 @@ def test_the_reference_kernel_can_be_forced(program: Program, tiny: str, raw: An
     _close(forced["results"], raw["results"])
 
 
+def test_edge_layers_have_pages_of_their_own(program: Program, tiny: str, raw: Any) -> None:
+    """Of two layers, one in 8 bit and one in float32: close to raw, in 5/8 of its bytes."""
+    memory = 300 * 2 * 128 * (512 + 132)  # pages of two KV heads: float32, and int8 with scales
+    mixed = program(
+        "generate", model=tiny, policy="int8+layers(first=1,last=0,codec=raw)", prompts=PROMPTS,
+        kv_cache_memory_bytes=memory,
+    )  # fmt: skip
+    assert mixed["total"] == 300 - 1
+    assert mixed["free"] == mixed["total"]
+    for got, expected in zip(mixed["results"], raw["results"], strict=True):
+        assert got["logprobs"][0][0] == pytest.approx(expected["logprobs"][0][0], abs=0.1)
+    fresh, again, _ = program(
+        "twice", model=tiny, policy="kivi-4bit+layers(first=0,last=1,codec=raw)",
+        prompts=[PROMPTS[4]], max_num_batched_tokens=128,
+    )  # fmt: skip
+    assert again[0]["cached"] == 640
+    _close(fresh, again)
+
+
 def test_tensor_parallel(program: Program, tiny: str, raw: Any) -> None:
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     got = program(
@@ -153,6 +172,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("snappkv", {}, "unknown cache policy 'snappkv'; allowed: raw, fp16"),
     ("snapkv(budget=0)", {}, "budget=0 is not above sinks + window"),
     ("fp16", {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "drop --scheduler-cls"),
+    ("kivi-2bit+layers(first=1,last=1)", {}, "takes all of the model's 2 layers"),
     ("kivi-4bit(group=128)", {}, "group 128 does not divide head size 64"),
     ("kivi-4bit", {"block_size": 64}, "residual 128 does not divide the block size 64"),
     ("kivi-4bit", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
-from cache_policies.page import PageLayout
+from cache_policies.layers import layouts
 from cache_policies.plan import Plan
 from cache_policies.policy import parse
+
+if TYPE_CHECKING:
+    from cache_policies.page import PageLayout
 
 # Largest allowed difference of outputs of order 1, by model dtype. float32: summation order,
 # and the rounding of integer dot products (see docs/benchmarks.md); the others: half a unit
@@ -43,7 +47,9 @@ class Setup:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Setup:
-        layout = PageLayout(parse(policy).codec, head_size, page_tokens, dtype)
+        """Pages of a policy; of its edge layers, if it has some."""
+        parsed = parse(policy)
+        layout = layouts(parsed, head_size, page_tokens, dtype)[parsed.edges is not None]
         plan = Plan.of(layout)
         row = plan.ring_pages + -(-max_tokens // page_tokens)
         rng = torch.Generator().manual_seed(seed)

@@ -21,7 +21,8 @@ POLICIES = (
     *CODECS,
     "flexgen-4bit(group=16)", "flexgen-4bit(group=64)", "kivi(k_bits=2,v_bits=4)",
     "kivi(k_bits=4,v_bits=2)", "kivi(k_bits=8,v_bits=8)", "kivi-4bit(group=16,residual=64)",
-    "kivi-2bit(group=64)", "kivi-2bit(group=32,residual=32)",
+    "kivi-2bit(group=64)", "kivi-2bit(group=32,residual=32)", "kivi-2bit+layers(codec=raw)",
+    "kivi-4bit+layers(codec=flexgen-4bit)", "int8+layers(codec=kivi-4bit)",
 )  # fmt: skip
 # Around the edges of octets, spans, rings and pages.
 LENGTHS = st.one_of(

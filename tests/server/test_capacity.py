@@ -35,6 +35,13 @@ def test_bytes_per_token_of_smollm2() -> None:
     assert capacity(parse("kivi-2bit"), SMOLLM2, 2**30, 8192).bytes_per_token == 30 * 3 * 48
 
 
+def test_edge_layers_count_with_their_own_bytes() -> None:
+    found = capacity(parse("kivi-2bit+layers(first=2,last=2,codec=fp16)"), SMOLLM2, 2**30, 8192)
+    assert found.bytes_per_token == 26 * 3 * 48 + 4 * 3 * 256
+    with pytest.raises(PolicyError, match="takes all of the model's 30 layers"):
+        capacity(parse("kivi-2bit+layers(first=20,last=10)"), SMOLLM2, 2**30, 8192)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 320}
