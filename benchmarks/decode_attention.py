@@ -1,6 +1,6 @@
 """Decode attention: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
 
-Usage: ``python benchmarks/decode_attention.py [--seqs 8] [--tokens 8192] [--rounds 15]``
+Usage: ``python -m benchmarks.decode_attention [--seqs 8] [--tokens 8192] [--rounds 15]``
 
 Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM in
 float32 measured in the same rounds, the share of the memory-bandwidth bound (bytes of pages

@@ -1,11 +1,12 @@
 """The whole engine decoding at long context: stock vLLM and policies, one after the other.
 
-Usage: ``python benchmarks/end_to_end.py [--policy kivi-4bit ...] [--streams 8]``
+Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] [--compile]``
 
 Every engine runs in a process of its own with the same threads and flags, without a server
-(whose processes would share the cores) and eager (compiling takes minutes and leaves attention
-alone). Prompts of about 6000 tokens share their first 80%, so that prefill ends in minutes.
-Prints seconds to the first token of a lone prompt, and output tokens/s while all streams decode.
+(whose processes would share the cores), eager unless told to compile (which takes minutes and
+leaves attention alone). Prompts of about 6000 tokens share their first 80%, so that prefill ends in
+minutes. Prints seconds to the first token of a lone prompt, and output tokens/s while all streams
+decode.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def text(words: int, seed: int) -> str:
     return " ".join(parts)
 
 
-def measure(policy: str | None, streams: int, steps: int) -> tuple[float, int, float]:
+def measure(
+    policy: str | None, streams: int, steps: int, *, eager: bool
+) -> tuple[float, int, float]:
     """Seconds to the first token of a lone prompt, its tokens, and output tokens/s."""
     from vllm import LLM, SamplingParams
 
@@ -49,7 +52,7 @@ def measure(policy: str | None, streams: int, steps: int) -> tuple[float, int, f
     llm = LLM(
         str(get_model("smollm2-135m")),
         dtype="float32",
-        enforce_eager=True,
+        enforce_eager=eager,
         max_model_len=8192,
         max_num_batched_tokens=512,
         kv_cache_memory_bytes=3 << 30,
@@ -80,16 +83,18 @@ def main() -> None:
     parser.add_argument("--policy", action="append")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only is not None:
-        print(MARK + json.dumps(measure(options.only or None, options.streams, options.steps)))
+        policy, eager = options.only or None, not options.compile
+        print(MARK + json.dumps(measure(policy, options.streams, options.steps, eager=eager)))
         return
     print(f"{'':32}{'prompt':>8}{'TTFT s':>9}{'x stock':>9}{'out tok/s':>11}{'x stock':>9}")
     base: tuple[float, float] | None = None
     for policy in ("", *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
         command = [sys.executable, __file__, "--only", policy, "--streams", str(options.streams)]
-        command += ["--steps", str(options.steps)]
+        command += ["--steps", str(options.steps), *(["--compile"] if options.compile else [])]
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
         )

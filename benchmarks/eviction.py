@@ -1,12 +1,12 @@
 """What eviction gives back and what scoring costs, in the engine itself.
 
-Usage: ``python benchmarks/eviction.py prefill | pool [--tokens N]``
+Usage: ``python -m benchmarks.eviction prefill | pool [--tokens N]``
 
 ``prefill`` (smollm2-135m): seconds from a prompt of about 7000 tokens to its first token under
-each method, in one engine, and the most pages in use meanwhile, read from the pool after every
-step. ``pool`` (a random model of one layer, since only pages matter): requests of 8192 tokens
-that decode at the same time in a pool of 512 fp16 pages of 128 tokens, and the pages of one
-request before and after its first decode step.
+each method, in one engine, the most pages in use meanwhile, read from the pool after every step,
+and the median of the decode steps that follow. ``pool`` (a random model of one layer, since only
+pages matter): requests of 8192 tokens that decode at the same time in a pool of 512 fp16 pages of
+128 tokens, and the pages of one request before and after its first decode step.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.end_to_end import ENVIRONMENT, MARK, text
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 PREFILL = (
     "all", "snapkv(budget=1024)", "h2o(heavy=512,recent=512)",
     "h2o(heavy=512,recent=512,prefill=bounded)", "streaming-llm(sinks=4,window=1020)",
-    "keydiff(budget=1024)", "expected-attention(budget=1024)",
+    "keydiff(budget=1024)", "expected-attention(budget=1024)", "infllm(topk=6,init=128,local=128)",
+    "quest(topk=6,init=128,local=128)",
 )  # fmt: skip
 POOL = (
     "fp16", "kivi-4bit", "snapkv(budget=1024)+fp16", "snapkv(budget=1024)+kivi-4bit",
     "streaming-llm(sinks=4,window=1020)+kivi-4bit",
 )  # fmt: skip
+DECODE_STEPS = 40
 POOL_BYTES = 512 * 128 * 2 * 64 * 2  # pages, tokens, key and value, head size, float16
 
 
@@ -55,8 +59,8 @@ def engine(model: str, policy: str, **options: Any) -> Any:
     return LLM(model, **{**defaults, **options})
 
 
-def prefill(tokens: int) -> list[tuple[str, float, int]]:
-    """Method, seconds to the first token, most pages in use."""
+def prefill(tokens: int) -> list[tuple[str, float, int, float]]:
+    """Method, seconds to the first token, most pages in use, seconds of a decode step."""
     from vllm import SamplingParams
 
     from server.models import get_model
@@ -68,14 +72,18 @@ def prefill(tokens: int) -> list[tuple[str, float, int]]:
     prompt = llm.get_tokenizer().encode(text(tokens, seed=0))[:tokens]
     core, rows = llm.llm_engine, []
     for method in PREFILL:
-        chosen = SamplingParams(max_tokens=2, extra_args={"cache_policy": method})
+        chosen = SamplingParams(
+            max_tokens=DECODE_STEPS, ignore_eos=True, extra_args={"cache_policy": method}
+        )
         core.add_request(method, {"prompt_token_ids": prompt}, chosen)
-        begin, first, most = time.perf_counter(), 0.0, 0
+        begin, most, ends = time.perf_counter(), 0, [0.0]
         while core.has_unfinished_requests():
             outputs = core.step()
             most = max(most, in_use(llm))
-            first = first or (time.perf_counter() - begin if outputs else 0.0)
-        rows.append((method, first, most))
+            if outputs:
+                ends.append(time.perf_counter() - begin)
+        first, *others = (b - a for a, b in pairwise(ends))
+        rows.append((method, first, most, statistics.median(others)))
     return rows
 
 
@@ -138,9 +146,10 @@ def show_prefill(tokens: int) -> None:
     """Print the table of ``prefill``."""
     rows = in_process("prefill", tokens)
     print(f"prompt of {tokens} tokens, chunks of 512, fp16 pages of 128 tokens")
-    print(f"{'':44}{'TTFT s':>8}{'x all':>8}{'most pages':>12}")
-    for method, seconds, most in rows:
-        print(f"{method:44}{seconds:8.1f}{seconds / rows[0][1]:8.2f}{most:12}")
+    print(f"{'':44}{'TTFT s':>8}{'x all':>8}{'most pages':>12}{'step ms':>9}{'x all':>8}")
+    for method, seconds, most, step in rows:
+        ratios = f"{seconds / rows[0][1]:8.2f}", f"{step / rows[0][3]:8.2f}"
+        print(f"{method:44}{seconds:8.1f}{ratios[0]}{most:12}{step * 1000:9.1f}{ratios[1]}")
 
 
 def show_pool(requests: int) -> None:

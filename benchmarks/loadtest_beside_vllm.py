@@ -1,6 +1,6 @@
 """The same server measured by `vllm bench serve` and by `kvthrift loadtest`, in turn.
 
-Usage: ``python benchmarks/loadtest_beside_vllm.py [--rounds 3] [--requests 24]``
+Usage: ``python -m benchmarks.loadtest_beside_vllm [--rounds 3] [--requests 24]``
 
 Both send the same prompts in the same order at the same concurrency to one server without prefix
 caching, once each per round, in alternating order. Prints medians of TTFT and TPOT, and their

@@ -1,6 +1,6 @@
 """How far each codec moves the next-token distributions, on real text, inside the engine.
 
-Usage: ``python benchmarks/quality_kl.py [--tokens 1024] [--policy P ...]``
+Usage: ``python -m benchmarks.quality_kl [--tokens 1024] [--policy P ...]``
 
 The text is the documentation that Python carries (`pydoc_data.topics`). Prefill runs in chunks
 of 128 tokens, so nearly every position is predicted from stored, encoded tokens. Prints the

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
@@ -31,6 +31,10 @@ class EdgeLayers:
         codec: name of a codec without parameters.
 
     """
+
+    name: ClassVar[str] = "layers"
+    keeps: ClassVar[str] = "the model's first and last layers at another precision"
+    loses: ClassVar[str] = "what their codec loses"
 
     first: int = 2
     last: int = 2

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 EDGE_PARAMETERS = parameters(EdgeLayers)
 DEFAULT_CODEC = "fp16"
-EDGES = "layers"
+EDGES = EdgeLayers.name
 KEEP_ALL = "all"  # a request's way to say: no retention method, every page is read
 
 _TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")

@@ -109,6 +109,10 @@ def policies(
         numbers = (f"{result.bytes_per_token:,.0f}", str(result.requests), f"{result.ratio:.2f}")
         table.add_row(*about, *numbers)
     console.print(table)
+    console.print(
+        "First and last layers at another precision: CODEC+layers(first=2,last=2,codec=fp16)",
+        markup=False,
+    )
     console.print(_methods())
 
 

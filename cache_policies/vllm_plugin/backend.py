@@ -153,7 +153,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         if asked is not None and asked.policy.edges:
             raise PolicyError(
                 "a cache policy with layers(...) cannot serve a model with layers of another kind "
-                "than full attention"
+                f"than full attention; layer {_next_layer(vllm_config)} is one"
             )
         return CPUAttentionBackendImpl(*args, **kwargs)
 
@@ -183,7 +183,10 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         }
         for feature, value in features.items():
             if value is not None and value != 0:
-                raise PolicyError(f"a cache policy cannot serve layers with {feature}")
+                raise PolicyError(
+                    f"a cache policy cannot serve layers with {feature}; "
+                    f"layer {_next_layer(vllm_config)} is one"
+                )
         asked = settings(vllm_config)
         assert asked is not None
         self.settings: Settings = asked
@@ -293,6 +296,11 @@ def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor
     layer.clock.lap("attend")
     layer.kernel.append(layer.pages, batch, tokens.key, tokens.value)
     layer.clock.lap("append")
+
+
+def _next_layer(vllm_config: VllmConfig) -> int:
+    """Number of the attention layer that is being made; vLLM registers it afterwards."""
+    return len(vllm_config.compilation_config.static_forward_context)
 
 
 def _is_full_attention(

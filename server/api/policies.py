@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache_policies.codecs import CODECS
 from cache_policies.errors import PolicyError
+from cache_policies.layers import EdgeLayers
 from cache_policies.parameters import parameters
 from cache_policies.policy import parse
 from cache_policies.retention import retention_methods
@@ -35,7 +36,7 @@ from server.capacity import ModelShape, capacity
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cache_policies.policy import Policy
+    from cache_policies.codecs.base import Codec
     from server.api.state import ServerState
 
 router = APIRouter(tags=["cache policies"])
@@ -51,7 +52,13 @@ def _state(request: Request) -> ServerState:
 async def list_policies(request: Request) -> PolicyList:
     """Every codec and method: parameters, what is lost, and whether this server takes it."""
     state = _state(request)
-    terms = [_codec(name, state.policy) for name in CODECS]
+    serving = state.policy.codec_name if state.policy else None
+    terms = [
+        _layout_term(name, entry.cls, dict(entry.fixed), serving=name == serving)
+        for name, entry in CODECS.items()
+    ]
+    edges = state.policy is not None and state.policy.edges is not None
+    terms.append(_layout_term(EdgeLayers.name, EdgeLayers, {}, serving=edges))
     terms += [_method(name, "retention", state) for name in retention_methods()]
     terms += [_method(name, "retrieval", state) for name in RETRIEVAL]
     policy = str(state.policy) if state.policy else None
@@ -64,15 +71,15 @@ def _parameters(settable: Mapping[str, Any]) -> list[Parameter]:
     return [Parameter(name=k, type=TYPES[type(v)], default=v) for k, v in settable.items()]
 
 
-def _codec(name: str, policy: Policy | None) -> PolicyTerm:
-    entry = CODECS[name]
-    serving = policy is not None and policy.codec_name == name
+def _layout_term(
+    name: str, cls: type[Codec | EdgeLayers], fixed: dict[str, Any], *, serving: bool
+) -> PolicyTerm:
     return PolicyTerm(
         name=name,
         kind="codec",
-        keeps=entry.cls.keeps,
-        loses=entry.cls.loses,
-        parameters=_parameters(parameters(entry.cls, dict(entry.fixed))),
+        keeps=cls.keeps,
+        loses=cls.loses,
+        parameters=_parameters(parameters(cls, fixed)),
         allowed=serving,
         why_not=None if serving else "the codec is the server's: kvthrift serve --cache-policy",
     )
