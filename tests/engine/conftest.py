@@ -27,21 +27,63 @@ Program = Callable[..., Any]
 FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "67108864"]
 
 
+class Programs:
+    """A process of ``tests.engine.programs``, which runs one engine after the other."""
+
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.engine.programs"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, **ENVIRONMENT, **environment},
+            )  # fmt: skip
+
+    def run(self, name: str, arguments: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([name, arguments]) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                done = json.loads(line.removeprefix(MARK))
+                assert "error" not in done, done["error"]
+                return done["result"]
+        raise AssertionError(f"{name} ended its process:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
 @pytest.fixture(scope="session")
-def program() -> Program:
-    """Run a program of ``tests.engine.programs`` in its own process and return its result."""
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Run a program of ``tests.engine.programs`` and return its result.
+
+    They share a process, which imports vLLM once; but for those with an environment of their own,
+    and those whose engine must not start, of which vLLM and torch leave pieces behind.
+    """
+    folder = tmp_path_factory.mktemp("programs")
+    shared: list[Programs] = []
 
     def run(name: str, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.engine.programs", name],
-            input=json.dumps(arguments), capture_output=True, text=True, timeout=400, check=False,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
-        return json.loads(line.removeprefix(MARK))
+        if environment or name.startswith("refused"):
+            own = Programs(folder / name, environment or {})
+            try:
+                return own.run(name, arguments)
+            finally:
+                own.stop()
+        if not shared or shared[-1].process.poll() is not None:
+            shared.append(Programs(folder / f"shared-{len(shared)}", {}))
+        return shared[-1].run(name, arguments)
 
-    return run
+    yield run
+    for process in shared:
+        process.stop()
 
 
 @pytest.fixture(scope="session")

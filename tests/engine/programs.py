@@ -1,14 +1,16 @@
-"""What the engine tests run, each in a process of its own: ``python -m tests.engine.programs``.
+"""What the engine tests run: ``python -m tests.engine.programs``.
 
-One engine a process: vLLM keeps global state. A program gets the engine's arguments, returns
-something JSON can hold, and prints it on a line that begins with MARK.
+The process reads a program's name and arguments as a line of JSON, runs it, and prints what it
+returned on a line that begins with MARK; then the next, after all of the engine is gone.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
+import traceback
 from typing import Any
 
 MARK = "program result: "
@@ -257,9 +259,21 @@ def refused_each(model: str, cases: list[tuple[str, dict[str, Any]]]) -> list[st
     return [refused(model, policy, **options) for policy, options in cases]
 
 
+def _answer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return {"result": globals()[name](**arguments)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
 def main() -> None:
-    name, arguments = sys.argv[1], json.loads(sys.stdin.read())
-    print(f"\n{MARK}{json.dumps(globals()[name](**arguments))}")  # noqa: T201
+    for line in sys.stdin:
+        print(f"\n{MARK}{json.dumps(_answer(*json.loads(line)))}", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
