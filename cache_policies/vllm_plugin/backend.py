@@ -300,7 +300,8 @@ def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor
 
 def _next_layer(vllm_config: VllmConfig) -> int:
     """Number of the attention layer that is being made; vLLM registers it afterwards."""
-    return len(vllm_config.compilation_config.static_forward_context)
+    made = vllm_config.compilation_config.static_forward_context.values()
+    return sum(hasattr(module, "impl") for module in made)  # others than attention are in it too
 
 
 def _is_full_attention(

@@ -19,11 +19,11 @@ from starlette.responses import JSONResponse
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.config import POLICY_KEY
-from cache_policies.vllm_plugin.facts import KV_CACHE
 from cache_policies.vllm_plugin.frontend import check_method
+from server.api.answer import Answer
 from server.compression import CompressorError
 from server.compression.request import FIELD as COMPRESSION
-from server.compression.request import Report, compress_request
+from server.compression.request import compress_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from server.api.state import ServerState
+    from server.compression.request import Report
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 # the other routes of vLLM that occupy the engine; COMPLETIONS are counted with them
@@ -94,7 +95,7 @@ class PolicyMiddleware:
             return
         begin = time.monotonic()
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        answer = _Answer(self._state, send, complete=path in COMPLETIONS)
+        answer = Answer(self._state, send, complete=path in COMPLETIONS)
         try:
             with self._counted(path):
                 await self._answer(scope, receive, answer)
@@ -128,7 +129,7 @@ class PolicyMiddleware:
         finally:
             self._running -= 1
 
-    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         body = await _read_body(scope, receive, self._limits.max_body)
         if body is None:
             return
@@ -278,108 +279,7 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
-class _Answer:
-    """Passes an answer on; that of a completion with ``usage.kv_cache`` put in."""
-
-    def __init__(self, state: ServerState, send: Send, *, complete: bool) -> None:
-        self._state, self._send, self.complete = state, send, complete
-        self._start: Message | None = None
-        self._parts: list[bytes] = []
-        self._found: list[dict[str, Any]] = []
-        self.facts: dict[str, Any] | None = None
-        self.compression: Report | None = None
-        self.status = 0
-        self.id: str | None = None
-        self.usage: dict[str, Any] = {}
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            if self.complete and _is_json(message) and message["status"] == 200:
-                self._start = message  # its length is not known yet
-                return
-        elif self._start is not None:
-            self._parts.append(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            body = self._whole(b"".join(self._parts))
-            start, self._start = self._start, None
-            headers = [(k, v) for k, v in start["headers"] if k != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await self._send({**start, "headers": headers})
-            message = {"type": "http.response.body", "body": body}
-        elif self.complete and self.status == 200:
-            message = self._pass(message)
-        await self._send(message)
-
-    def _pass(self, message: Message) -> Message:
-        """A part of a stream; only those with a usage field are touched."""
-        body = message.get("body", b"")
-        if self.id is None and body.startswith(b'data: {"id":"'):
-            self.id = body[13 : body.index(b'"', 13)].decode()
-        if b'"usage":{' not in body:
-            return message
-        return {**message, "body": self._chunk(body)}
-
-    def finish(self) -> None:
-        """Take what no part of the answer had a place for."""
-        if self.id is not None:
-            self._take({"id": self.id})
-
-    def _whole(self, body: bytes) -> bytes:
-        answer = json.loads(body)
-        if not isinstance(answer, dict):
-            return body
-        found = self._take(answer)
-        params = answer.get("kv_transfer_params")
-        if isinstance(params, dict):
-            # the way by which vLLM carries it; ours alone, since KV connectors are refused
-            params.pop(KV_CACHE, None)
-            answer["kv_transfer_params"] = params or None
-        self._complete(answer, found)
-        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
-
-    def _chunk(self, body: bytes) -> bytes:
-        """One server-sent event, or several."""
-        return b"\n\n".join(self._event(part) for part in body.split(b"\n\n"))
-
-    def _event(self, event: bytes) -> bytes:
-        if not event.startswith(b"data: {") or b'"usage":{' not in event:
-            return event
-        chunk = json.loads(event[6:])
-        found = self._take(chunk)
-        self._complete(chunk, found)
-        return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
-
-    def _complete(self, answer: dict[str, Any], held: dict[str, Any] | None) -> None:
-        usage = answer.get("usage")
-        if not isinstance(usage, dict):
-            return
-        if held:
-            usage[KV_CACHE] = held
-        if self.compression:
-            usage[COMPRESSION] = self.compression.model_dump()
-        self.usage = usage
-
-    def _take(self, answer: dict[str, Any]) -> dict[str, Any] | None:
-        self.id = str(answer.get("id"))
-        self._found += self._state.take(self.id)
-        if self._found:
-            self.facts = _together(self._found)
-        return self.facts
-
-
-def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Facts of a response: one request's, or the sums over its prompts."""
-    if len(found) == 1:
-        return found[0]
-    summed = {k: sum(f[k] for f in found) for k, v in found[0].items() if isinstance(v, int)}
-    whole = sum((f["compression_ratio"] or 0) * f["bytes"] for f in found)
-    ratio = round(whole / summed["bytes"], 4) if summed["bytes"] else None
-    return {**found[0], **summed, "compression_ratio": ratio}
-
-
-def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
+def _log(scope: Scope, answer: Answer, seconds: float) -> None:
     """A line about a request; nothing of its prompt or answer."""
     headers = dict(scope["headers"])
     line = {
@@ -394,10 +294,3 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
         "seconds": round(seconds, 4),
     }
     LOG.info(json.dumps(line))
-
-
-def _is_json(message: Message) -> bool:
-    return any(
-        name == b"content-type" and value.startswith(b"application/json")
-        for name, value in message["headers"]
-    )

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "2",
 }
+PROGRAM_SECONDS = 400
 Program = Callable[..., Any]
 FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "67108864"]
 
@@ -42,18 +45,28 @@ class Programs:
     def run(self, name: str, arguments: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([name, arguments]) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                done = json.loads(line.removeprefix(MARK))
-                assert "error" not in done, done["error"]
-                return done["result"]
-        raise AssertionError(f"{name} ended its process:\n{self.log.read_text()[-3000:]}")
+        limit = threading.Timer(PROGRAM_SECONDS, self.process.kill)
+        limit.start()
+        try:
+            self.process.stdin.write(json.dumps([name, arguments]) + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    done = json.loads(line.removeprefix(MARK))
+                    assert "error" not in done, done["error"]
+                    return done["result"]
+            raise AssertionError(f"{name} ended its process:\n{self.log.read_text()[-3000:]}")
+        except BaseException:  # what it left behind, or a late answer, must not reach the next
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            limit.cancel()
 
     def stop(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
