@@ -1,19 +1,21 @@
 """Quality of retention and retrieval methods on the embedded model, in one engine.
 
-Usage: ``python -m benchmarks.quality_methods [--codec fp16] [--tokens 1000] [--workload W ...]
+Usage: ``python -m benchmarks.quality_methods [--codec fp16] [--tokens 1200] [--workload W ...]
 [--ratio R ...] [--method NAME ...] [--out FILE]``
 
-For every method at 2x, 4x and 8x (kept tokens against the prompt's):
+Pages of 32 tokens, so that retrieval can read as little as retention keeps. For every method at
+2x, 4x and 8x (kept tokens, or read ones, against the prompt's):
 
 * mean scores of the tasks of load-test workloads, by default passkeys of 7 and 64 digits at two
   depths, RULER's needle among others, variable chain and most common words, and the next line of
   code. The first answer token is free: it is computed from the whole prompt by methods that cut
   after it.
 * same: the mean share of an answer that equals the answer under ``all``, from its start.
-* KL: mean divergence of the second answer token's distribution from that under ``all``, over
-  pieces of Python's own documentation. The first token is the same for all, and the second one is
-  the first to be computed from what was kept. The 200 likeliest tokens are compared, the rest
-  counted as one.
+* KL: mean divergence from ``all`` of the distributions of the next 32 tokens of a text, given the
+  text itself, over pieces of Python's own documentation. The first of them is left out: it is
+  computed from the whole prompt by methods that cut after it. The 200 likeliest tokens are
+  compared, the rest counted as one.
+* agrees: share of these tokens for which the likeliest one is that under ``all``.
 """
 
 from __future__ import annotations
@@ -39,31 +41,33 @@ if TYPE_CHECKING:
 
 RATIOS = (2, 4, 8)
 WORKLOADS = (
-    "passkey(lengths={tokens},depths=0.25|0.65,texts=essay)",
+    "passkey(lengths={tokens},depths=0.2|0.5|0.8,texts=essay)",
     "ruler(lengths={tokens},samples=2,tasks=multikey|vt|cwe)",
     "code(lengths={tokens},samples=2)",
-)
-TOPICS = ("execmodel", "import")  # of Python's documentation
-PIECES = (0.8, 1.1)  # of the tokens of a prompt
+)  # rows of LongBench tell more, where they are at hand
+TOPICS = ("execmodel", "import", "formatstrings", "compound", "types", "debugger")
+NEXT = 32  # tokens of a text that are predicted from what was kept of it
 LIKELIEST = 200
 MAX_LEN = 4096
+PAGE = 32
 
 
 def methods(ratio: int, tokens: int) -> dict[str, str]:
     """Name -> method that keeps, or reads, 1/ratio of ``tokens`` tokens."""
     share, kept = f"ratio={1 / ratio}", tokens // ratio
-    pages = max(1, (kept - 256) // 128)  # one page of sinks, one of window
+    read = f"topk={max(1, kept // PAGE - 3)},init={PAGE},local={2 * PAGE}"
     ratios = (
         "random", "streaming-llm", "h2o", "snapkv", "pyramidkv", "tova", "keydiff", "knorm",
         "expected-attention", "lagkv",
     )  # fmt: skip
     return {
         **{name: f"{name}({share})" for name in ratios},
+        "snapkv, kernel 21": f"snapkv({share},kernel=21)",
         "streaming-llm, cache": f"streaming-llm({share},positions=cache)",
         "h2o, bounded": f"h2o({share},prefill=bounded)",
         "keydiff, full": f"keydiff({share},prefill=full)",
-        "infllm": f"infllm(topk={pages},init=128,local=128)",
-        "quest": f"quest(topk={pages},init=128,local=128)",
+        "infllm": f"infllm({read})",
+        "quest": f"quest({read})",
     }
 
 
@@ -76,7 +80,8 @@ class Runner:
         self.llm = LLM(
             str(get_model("smollm2-135m")), dtype="float32", enforce_eager=True,
             max_model_len=MAX_LEN, max_num_batched_tokens=512, kv_cache_memory_bytes=2 << 30,
-            block_size=128, max_logprobs=LIKELIEST, additional_config={"cache_policy": codec},
+            block_size=PAGE, max_logprobs=LIKELIEST, additional_config={"cache_policy": codec},
+            logits_processors=[forcing()],
         )  # fmt: skip
         self.answers: dict[str, Any] = {}
 
@@ -118,16 +123,56 @@ class Runner:
         tokenizer = self.llm.get_tokenizer()
         return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
 
-    def second_tokens(self, method: str, tokens: int) -> list[dict[int, float]]:
-        """Log probabilities of the second answer token over pieces of texts."""
-        prompts = [
-            {"prompt_token_ids": self.llm.get_tokenizer().encode(topics[topic])[:end]}
-            for topic in TOPICS
-            for end in (int(tokens * piece) for piece in PIECES)
+    def next_tokens(self, method: str, tokens: int) -> list[dict[int, float]]:
+        """Log probabilities of the tokens that follow the first ``tokens`` of texts."""
+        from vllm import SamplingParams
+
+        prompts, chosen = [], []
+        for topic in TOPICS:
+            text = self.llm.get_tokenizer().encode(topics[topic])
+            assert len(text) >= tokens + NEXT, f"{topic} is too short"
+            extra = {"cache_policy": method, FORCED: text[tokens : tokens + NEXT]}
+            prompts.append({"prompt_token_ids": text[:tokens]})
+            chosen.append(SamplingParams(
+                temperature=0, max_tokens=NEXT, ignore_eos=True, logprobs=LIKELIEST,
+                extra_args=extra,
+            ))  # fmt: skip
+        answers = [out.outputs[0] for out in self.llm.generate(prompts, chosen, use_tqdm=False)]
+        return [
+            {token: p.logprob for token, p in step.items()}
+            for answer in answers
+            for step in answer.logprobs[1:]
         ]
-        two = [2] * len(prompts)
-        answers = self.generate(prompts, method, two, ignore_eos=True, logprobs=LIKELIEST)
-        return [{t: p.logprob for t, p in a.logprobs[1].items()} for a in answers]
+
+
+FORCED = "forced_tokens"
+
+
+def forcing() -> type:
+    """A logits processor that makes a request answer with ``extra_args[FORCED]``.
+
+    Log probabilities are taken before it (vLLM's default), so that a text is predicted token by
+    token while the engine decodes.
+    """
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Forcing(AdapterLogitsProcessor):  # type: ignore[misc]
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            forced = (params.extra_args or {}).get(FORCED)
+            if forced is None:
+                return None
+
+            def force(output: list[int], logits: Any) -> Any:
+                logits.fill_(-math.inf)
+                logits[forced[len(output)]] = 0
+                return logits
+
+            return force
+
+    return Forcing
 
 
 def divergence(base: dict[int, float], other: dict[int, float]) -> float:
@@ -140,11 +185,16 @@ def divergence(base: dict[int, float], other: dict[int, float]) -> float:
     return total + rest * math.log(rest / other_rest)
 
 
+def likeliest(step: dict[int, float]) -> int:
+    """The most probable token."""
+    return max(step, key=step.__getitem__)
+
+
 def main() -> None:
     """Run and print the table, one line a method as it is done."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--codec", default="fp16")
-    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=1200)
     parser.add_argument("--ratio", type=int, action="append")
     parser.add_argument("--workload", action="append", help="as for kvthrift loadtest")
     parser.add_argument("--method", action="append", help="names of the table (default: all)")
@@ -152,7 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     runner, rows = Runner(options.codec), []
-    base = runner.second_tokens("all", options.tokens)
+    base = runner.next_tokens("all", options.tokens)
     tokenizer = LocalTokenizer(str(get_model("smollm2-135m")))
     items = [
         item
@@ -165,9 +215,9 @@ def main() -> None:
         chosen += [(f"{ratio}x", n, named[n]) for n in options.method or named]
     for ratio_name, name, method in chosen:
         scores = runner.scores(method, items)
-        seconds = runner.second_tokens(method, options.tokens)
-        pairs = zip(base, seconds, strict=True)
+        pairs = list(zip(base, runner.next_tokens(method, options.tokens), strict=True))
         scores["KL"] = statistics.mean(divergence(a, b) for a, b in pairs)
+        scores["agrees"] = statistics.mean(likeliest(a) == likeliest(b) for a, b in pairs)
         rows.append({"ratio": ratio_name, "name": name, "method": method, **scores})
         shown = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
         print(f"{ratio_name} {name}: {shown}", flush=True)

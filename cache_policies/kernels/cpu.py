@@ -1,7 +1,8 @@
 """C++ kernels for CPUs: checks, then hands addresses to the extension module ``_cpu``.
 
-Instruction sets are chosen at run time (AVX-512, AVX2+FMA+F16C, portable). Threads are
-OpenMP's: in a process that imported torch, torch's own pool, hence vLLM's binding.
+Instruction sets are chosen at run time (AVX-512 with VNNI, with or without bfloat16;
+AVX2+FMA+F16C; portable). Threads are OpenMP's: in a process that imported torch, torch's own
+pool, hence vLLM's binding.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class CpuKernel:
         layout: fields of a page.
         shape: heads and scale of the layer.
         isa: instruction set; the best supported one by default.
-        integer_dot: decode 2 and 4 bit pages by integer dot products. False dequantizes
-            tiles instead, to measure the rounding that integer arithmetic adds.
+        rounding: decode 2 and 4 bit pages by integer dot products, and prefill over them in
+            bfloat16 where the CPU has it. False dequantizes to float32 instead, to measure
+            the rounding that these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """
@@ -51,7 +53,7 @@ class CpuKernel:
         shape: Shape,
         *,
         isa: str | None = None,
-        integer_dot: bool = True,
+        rounding: bool = True,
         num_threads: int = 0,
     ) -> None:
         if shape.num_heads // shape.num_kv_heads > MAX_GROUP_HEADS:
@@ -66,7 +68,7 @@ class CpuKernel:
             shape.num_heads,
             shape.num_kv_heads,
             shape.scale,
-            integer_dot,
+            rounding,
         )
 
     @classmethod

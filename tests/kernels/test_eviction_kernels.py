@@ -35,7 +35,7 @@ def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> lis
     outputs = []
     kernels = (
         ReferenceKernel(setup.layout, setup.shape),
-        CpuKernel(setup.layout, setup.shape, isa=isa, integer_dot=False, num_threads=2),
+        CpuKernel(setup.layout, setup.shape, isa=isa, rounding=False, num_threads=2),
     )
     for kernel, chosen in zip(kernels, options["each"], strict=True):  # type: ignore[call-overload]
         output = torch.zeros_like(query)

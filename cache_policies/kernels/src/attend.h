@@ -11,6 +11,9 @@ struct Task {
 
 struct Scratch {
   Tile tile;
+#if defined(__AVX512BF16__)
+  TileBf16 half;
+#endif
   alignas(64) float query[MAX_ROWS * 256], out[MAX_ROWS * 256], score[MAX_ROWS * TILE];
   float top[MAX_ROWS], sum[MAX_ROWS];
 };
@@ -47,18 +50,34 @@ static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int ca
   }
 }
 
+#if defined(__AVX512BF16__)
+static bool half_precision(const Call& c, const Task& t) {
+  return t.queries > 1 && c.rounding && c.layout.k_bits < 8 && c.layout.v_bits < 8;
+}
+
+static void attend_half(const Call& c, const Task& t, const uint8_t* run, int first, int n, Scratch* x, Softmax* s) {
+  bf16_tile_from_codes(c.layout, run, first, n, &x->half);
+  bf16_attend_tile(&x->half, n, t.queries * heads_per_query(c), c.layout.head_size, s, x->score);
+}
+#else
+static bool half_precision(const Call&, const Task&) { return false; }
+static void attend_half(const Call&, const Task&, const uint8_t*, int, int, Scratch*, Softmax*) {}
+#endif
+
 // fetch: the run that will be read next
 static void attend_page(const Call& c, const Task& t, const uint8_t* run, int count, Scratch* x, Softmax* s,
                         Fetch* fetch) {
   const Layout& l = c.layout;
   const int d = l.head_size, group = heads_per_query(c);
-  if (t.queries == 1 && c.integer_dot && has_integer_dot(l)) {
+  if (t.queries == 1 && c.rounding && has_integer_dot(l)) {
     decode_codes(l, run, count, Query{x->query, group}, s, fetch);
     return;
   }
   for (int first = 0; first < count; first += TILE) {
     const int n = min_int(TILE, count - first);
-    if (l.kind == Kind::affine) {
+    if (l.kind == Kind::affine && half_precision(c, t)) {
+      attend_half(c, t, run, first, n, x, s);
+    } else if (l.kind == Kind::affine) {
       tile_keys_from_codes(l, run, first, n, &x->tile);
       tile_values_from_codes(l, run, first, n, &x->tile);
       attend_tile(x->tile, n, x->query, t.queries * group, d, s, x->score, SEES_ALL, group);
@@ -110,6 +129,9 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
   Softmax s = {x->top, x->sum, x->out};
   load_queries(c, t, x->query);
+#if defined(__AVX512BF16__)
+  if (half_precision(c, t)) bf16_rows(x->query, rows * d, x->half.query);
+#endif
   softmax_begin(&s, rows, d);
   for (int i = t.page_from; i < t.page_to; i++) {
     const int page = c.store_page(t.seq, t.head, i), count = min_int(l.page_tokens, stored - page * l.page_tokens);
@@ -166,7 +188,7 @@ static double work(const Call& c, int seq, int queries) {
 static void attend(const Call& c) {
   const Layout& l = c.layout;
   const Batch& b = c.batch;
-  const int group = heads_per_query(c), block = max_int(1, min_int(MAX_ROWS, 128) / group);
+  const int group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
   double total = 0;
   for (int s = 0; s < b.num_seqs; s++)
     total += work(c, s, b.query_start[s + 1] - b.query_start[s]) * c.num_kv_heads;

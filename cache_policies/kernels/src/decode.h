@@ -38,33 +38,39 @@ static void score_rows(const Rows& key, const float* query, int d, float* score)
   }
 }
 
-// NV octets of keys from token t on
-template <Dtype T, int GC, int NV>
-KV_INLINE void score_octet_block(const char* octets, const float* query, int d, float* score) {
+// NV vectors of keys; octets: of the first
+template <class L, Dtype T, int GC, int NV>
+KV_INLINE void score_octet_block(const char* octets, const float* query, int d, float* score, Fetch* fetch) {
   const int64_t channel = 8 * item_bytes(T), octet = d * channel;
-  f8 acc[GC][NV];
+  typename L::Vec acc[GC][NV];
   for (int g = 0; g < GC; g++)
-    for (int o = 0; o < NV; o++) acc[g][o] = f8_zero();
+    for (int o = 0; o < NV; o++) acc[g][o] = L::set(0.f);
   for (int c = 0; c < d; c++) {
-    f8 k[NV];
-    for (int o = 0; o < NV; o++) k[o] = load8_as<T>(octets + o * octet + c * channel, 0);
+    fetch->step();
+    typename L::Vec k[NV];
+    for (int o = 0; o < NV; o++) k[o] = load_octets<L, T>(octets + o * (L::N / 8) * octet + c * channel, octet);
     for (int g = 0; g < GC; g++) {
-      const f8 q = f8_set(query[g * d + c]);
-      for (int o = 0; o < NV; o++) acc[g][o] = f8_fma(q, k[o], acc[g][o]);
+      const typename L::Vec q = L::set(query[g * d + c]);
+      for (int o = 0; o < NV; o++) acc[g][o] = L::fma(q, k[o], acc[g][o]);
     }
   }
   for (int g = 0; g < GC; g++)
-    for (int o = 0; o < NV; o++) f8_store(score + g * TILE + 8 * o, acc[g][o]);
+    for (int o = 0; o < NV; o++) L::store(score + g * TILE + L::N * o, acc[g][o]);
 }
+
+// vectors of accumulators a query head may have: as many as registers hold
+template <int GC>
+constexpr int row_vectors() { return FW == 16 ? 4 : GC == 4 ? 2 : 4; }
 
 template <Dtype T, int GC>
 static void score_octets(const KvRows& rows, const float* query, int d, float* score, Fetch* fetch) {
-  enum { NV = GC == 4 ? 2 : 4 };
+  enum { NV = row_vectors<GC>() };
   const int64_t octet = int64_t(d) * 8 * item_bytes(T);
   int t = 0;
-  for (; t + 8 * NV <= rows.key.count; t += 8 * NV, fetch->step())
-    score_octet_block<T, GC, NV>(rows.octets + t / 8 * octet, query, d, score + t);
-  for (; t < rows.key.count; t += 8) score_octet_block<T, GC, 1>(rows.octets + t / 8 * octet, query, d, score + t);
+  for (; t + FW * NV <= rows.key.count; t += FW * NV)
+    score_octet_block<Wide, T, GC, NV>(rows.octets + t / 8 * octet, query, d, score + t, fetch);
+  for (; t < rows.key.count; t += 8)
+    score_octet_block<Lanes8, T, GC, 1>(rows.octets + t / 8 * octet, query, d, score + t, fetch);
   if (!rows.key.scale) return;
   for (int i = 0; i < rows.key.count; i += 8)
     for (int g = 0; g < GC; g++)
@@ -73,32 +79,32 @@ static void score_octets(const KvRows& rows, const float* query, int d, float* s
 
 template <Dtype T, int GC, int NV>
 KV_INLINE void mix_columns(const Rows& value, const float* weight, int d, int c, float* out, Fetch* fetch) {
-  f8 acc[GC][NV];
+  fw acc[GC][NV];
   for (int g = 0; g < GC; g++)
-    for (int j = 0; j < NV; j++) acc[g][j] = f8_load(out + g * d + c + 8 * j);
+    for (int j = 0; j < NV; j++) acc[g][j] = Wide::load(out + g * d + c + FW * j);
   for (int t = 0; t < value.count; t++) {
     const char* row = value.row[t];
-    if (t % 16 == 0) fetch->step();
-    f8 v[NV];
-    for (int j = 0; j < NV; j++) v[j] = load8_as<T>(row, c + 8 * j);
+    fetch->step();
+    fw v[NV];
+    for (int j = 0; j < NV; j++) v[j] = load_as<Wide, T>(row, c + FW * j);
     for (int g = 0; g < GC; g++) {
-      const f8 w = f8_set(weight[g * TILE + t]);
-      for (int j = 0; j < NV; j++) acc[g][j] = f8_fma(w, v[j], acc[g][j]);
+      const fw w = Wide::set(weight[g * TILE + t]);
+      for (int j = 0; j < NV; j++) acc[g][j] = Wide::fma(w, v[j], acc[g][j]);
     }
   }
   for (int g = 0; g < GC; g++)
-    for (int j = 0; j < NV; j++) f8_store(out + g * d + c + 8 * j, acc[g][j]);
+    for (int j = 0; j < NV; j++) Wide::store(out + g * d + c + FW * j, acc[g][j]);
 }
 
 template <Dtype T, int GC>
 static void mix_rows(const Rows& value, float* weight, int d, float* out, Fetch* fetch) {
-  enum { NV = GC == 1 ? 8 : GC == 4 ? 2 : 4 };
+  enum { NV = GC == 1 ? 8 : row_vectors<GC>() };
   if (value.scale)
     for (int g = 0; g < GC; g++)
       for (int t = 0; t < value.count; t++) weight[g * TILE + t] *= f16_to_float(value.scale[t]);
   int c = 0;
-  for (; c + 8 * NV <= d; c += 8 * NV) mix_columns<T, GC, NV>(value, weight, d, c, out, fetch);
-  for (; c < d; c += 16) mix_columns<T, GC, 2>(value, weight, d, c, out, fetch);
+  for (; c + FW * NV <= d; c += FW * NV) mix_columns<T, GC, NV>(value, weight, d, c, out, fetch);
+  for (; c < d; c += 16) mix_columns<T, GC, 16 / FW>(value, weight, d, c, out, fetch);
 }
 
 template <Dtype T, int GC>
@@ -121,7 +127,8 @@ static void decode_rows_group(const KvRows& rows, const float* query, int d, int
 }
 
 static void decode_rows(const KvRows& rows, const Query& q, int d, Softmax* s, Fetch* fetch) {
-  fetch->lines = int((fetch->end - fetch->at) / 64 / (TILE / 8)) + 1;
+  const int steps = d * rows.key.count / (FW * row_vectors<4>()) + rows.key.count;  // at least
+  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
   for (int head = 0; head < q.heads;) {
     switch (min_int(4, q.heads - head)) {
       case 4: decode_rows_group<4>(rows, q.data, d, head, s, fetch); head += 4; break;

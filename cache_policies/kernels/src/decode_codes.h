@@ -1,8 +1,8 @@
 // Decode over packed 2 and 4 bit pages with integer dot products; needs 32-byte integers.
 //
 // Keys: q.k = sum_c q_c (code_c s_c + m_c). The vector q_c s_c (KIVI: per group of tokens;
-// FlexGen: q_c, with s per token outside) is rounded to int16 for 4-bit codes (`madd`) and to
-// int8 for 2-bit codes (`maddubs`). Codes are unsigned; counting them from their middle, whose
+// FlexGen: q_c, with s per token outside) is rounded to 16 bit for 4-bit codes and to 8 bit for
+// 2-bit codes. Codes are unsigned; counting them from their middle, whose
 // share is taken exactly, leaves only the rounding error times (code - mid).
 //
 // Values: sum_t p_t (code_t s_t + m_t). The weights p_t s_t of 32 tokens are rounded to 8 bit
@@ -11,31 +11,9 @@
 #pragma once
 #if defined(__AVX2__)
 
-typedef __m256i i8v;
-// Keeps a running sum in its register: GCC otherwise regroups the integer additions of an
-// unrolled loop into a tree, and spills its leaves.
-#define KV_KEEP(x) __asm__("" : "+x"(x))
-KV_INLINE i8v iv_load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-KV_INLINE i8v iv_broadcast4(const void* p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
-
-// vector `v` (0..3) of a block of packed codes; see codecs/packing.py
-template <int BITS>
-KV_INLINE i8v iv_codes(const uint8_t* block, int v) {
-  enum { PER_BYTE = 8 / BITS };
-  const i8v x = iv_load(block + v / PER_BYTE * 32);
-  return _mm256_and_si256(_mm256_srli_epi16(x, v % PER_BYTE * BITS), _mm256_set1_epi8((1 << BITS) - 1));
-}
-
 enum { MAX_GROUPS = 16, MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
 
-// One query head, rounded, against one group of keys (KIVI) or all of a page (FlexGen).
-struct RoundedQuery {
-  alignas(32) int8_t q8[256];    // 2-bit keys
-  alignas(32) int16_t q16[256];  // 4-bit keys; channels of a block of four in order 0 2 1 3
-  float unit;                    // value of one step
-  float offset;                  // KIVI: sum of q_c m_c, less the rounded channels' mid codes
-  float lost[MAX_GROUPS], sum[MAX_GROUPS];  // FlexGen, per group: those mid codes; sum of q_c
-};
+#include "dots.h"
 
 // Scales and minima of a page in float32, converted once for all query heads; minima are those
 // of shifted codes. What no token has written is not read: it may hold a NaN.
@@ -78,21 +56,6 @@ static void load_page_scales(const Layout& l, const uint8_t* run, int count, Pag
   }
 }
 
-KV_INLINE i8v pack16(__m256i a, __m256i b) {  // 16 int32 -> int16, in order
-  return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
-}
-
-template <int BITS>
-KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
-  if (BITS == 4) {
-    const i8v low = _mm256_shufflelo_epi16(packed, _MM_SHUFFLE(3, 1, 2, 0));
-    _mm256_store_si256((__m256i*)(out->q16 + c), _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
-  } else {
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
-    _mm_store_si128((__m128i*)(out->q8 + c), bytes);
-  }
-}
-
 // x[c .. c + n) -> integers under `inverse`; the vector sum of the integers is added to *total
 template <int BITS>
 KV_INLINE void round_channels(const float* x, int c, int n, f8 inverse, RoundedQuery* out, i8v* total) {
@@ -103,9 +66,6 @@ KV_INLINE void round_channels(const float* x, int c, int n, f8 inverse, RoundedQ
     store_rounded<BITS>(pack16(a, b), i, out);
   }
 }
-
-template <int BITS>
-KV_INLINE float round_range() { return BITS == 4 ? 32767.f : 127.f; }
 
 // KIVI: every group of the page, eight at a time so that the horizontal sums are shared
 template <int BITS>
@@ -160,59 +120,6 @@ static void round_by_token(const Layout& l, const float* q, RoundedQuery* out) {
   }
 }
 
-// int32 dot products of channels [from, to) with NV x 8 tokens, vectors v .. v + NV of the span
-template <int GC, int NV>
-KV_INLINE void dot_4bit(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
-  const i8v mask = _mm256_set1_epi16(15);
-  for (int c = from; c < to; c += 4) {
-#pragma GCC unroll 2
-    for (int odd = 0; odd < 2; odd++) {
-      i8v q[GC];
-      for (int g = 0; g < GC; g++) q[g] = iv_broadcast4(rq[g].q16 + c + 2 * odd);
-      for (int o = 0; o < NV; o++) {
-        i8v x = _mm256_srli_epi16(iv_load(span + c * 16 + (v + o) / 2 * 32), odd * 8 + o % 2 * 4);
-        if (!(odd && o % 2)) x = _mm256_and_si256(x, mask);
-        for (int g = 0; g < GC; g++) {
-          dot[g][o] = _mm256_add_epi32(dot[g][o], _mm256_madd_epi16(x, q[g]));
-          KV_KEEP(dot[g][o]);
-        }
-      }
-    }
-  }
-}
-
-template <int GC, int NV>
-KV_INLINE void dot_2bit(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
-  for (int start = from; start < to; start += 128) {  // 32 steps of at most 3 x 127 x 2 fit 16 bits
-    const int end = min_int(start + 128, to);
-    i8v part[GC][NV];
-    for (int g = 0; g < GC; g++)
-      for (int o = 0; o < NV; o++) part[g][o] = _mm256_setzero_si256();
-    for (int c = start; c < end; c += 4) {
-      i8v q[GC];
-      for (int g = 0; g < GC; g++) q[g] = iv_broadcast4(rq[g].q8 + c);
-      for (int o = 0; o < NV; o++) {
-        const i8v x = iv_codes<2>(span + c * 8, v + o);
-        for (int g = 0; g < GC; g++) {
-          part[g][o] = _mm256_add_epi16(part[g][o], _mm256_maddubs_epi16(x, q[g]));
-          KV_KEEP(part[g][o]);
-        }
-      }
-    }
-    for (int g = 0; g < GC; g++)
-      for (int o = 0; o < NV; o++)
-        dot[g][o] = _mm256_add_epi32(dot[g][o], _mm256_madd_epi16(part[g][o], _mm256_set1_epi16(1)));
-  }
-}
-
-template <int BITS, int GC, int NV>
-KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
-  for (int g = 0; g < GC; g++)
-    for (int o = 0; o < NV; o++) dot[g][o] = _mm256_setzero_si256();
-  if (BITS == 4) dot_4bit<GC, NV>(span, v, from, to, rq, dot);
-  else dot_2bit<GC, NV>(span, v, from, to, rq, dot);
-}
-
 // scores of NV x 8 tokens from `token` on, which is vector v of its span
 template <int BITS, int GC, int NV>
 KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t* span, int token, int v,
@@ -244,10 +151,14 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
     for (int o = 0; o < NV; o++) f8_store(score + g * MAX_PAGE + 8 * o, sum[g][o]);
 }
 
+// vectors of accumulators a query head may have: as many as registers hold
+template <int GC>
+constexpr int code_vectors() { return FW == 16 ? (GC <= 3 ? 4 : 2) : GC <= 2 ? 4 : 2; }
+
 template <int BITS, int GC>
 static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* query,
                         float* score, Fetch* fetch) {
-  enum { NV = GC <= 2 ? 4 : 2 };  // as many accumulators as registers hold
+  enum { NV = code_vectors<GC>() };
   const int d = l.head_size, span_bytes = d * BITS * 4;
   RoundedQuery rq[MAX_ROUNDED * GC];
   for (int g = 0; g < GC; g++) {
@@ -255,10 +166,9 @@ static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run
     else round_by_token<BITS>(l, query + g * d, rq + g);
   }
   for (int t = 0; t < count; t += 32) {
-    fetch->step();
     const RoundedQuery* now = rq + (l.keys_per_channel ? t / l.group * GC : 0);
 #pragma GCC unroll 2
-    for (int v = 0; v < 4; v += NV)
+    for (int v = 0; v < 4; v += NV, fetch->step())
       score_vectors<BITS, GC, NV>(l, p, run + l.key + t / 32 * span_bytes, t + 8 * v, v, now, score + t + 8 * v);
   }
 }
@@ -305,33 +215,20 @@ static void round_page_weights(const float* score, const float* scale, const flo
 // channels [c, c + 8 OC) of a page, for GC query heads
 template <int BITS, int GC, int OC>
 KV_INLINE void mix_octets(const uint8_t* codes, int64_t octet_bytes, int spans, const RoundedWeights* rw, int d,
-                          float* out) {
-  const i8v shift = _mm256_set1_epi8(1 << (BITS - 1)), one = _mm256_set1_epi16(1);
+                          float* out, Fetch* fetch) {
+  const uint8_t* w8[GC];
   f8 total[GC][OC];
-  for (int g = 0; g < GC; g++)
+  for (int g = 0; g < GC; g++) {
+    w8[g] = rw[g].w8;
     for (int o = 0; o < OC; o++) total[g][o] = f8_load(out + g * d + 8 * o) + f8_set(rw[g].offset);
+  }
   for (int s = 0; s < spans; s++) {
-    i8v part[GC][OC];
+    fetch->step();
+    i8v dot[GC][OC];
+    mix_span<BITS, GC, OC>(codes, octet_bytes, s, w8, dot);
     for (int g = 0; g < GC; g++)
-      for (int o = 0; o < OC; o++) part[g][o] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {  // at most 8 x 2 x 255 x 8: fits 16 bits
-      i8v w[GC];
-      for (int g = 0; g < GC; g++) w[g] = iv_broadcast4(rw[g].w8 + s * 32 + 4 * v);
-      for (int o = 0; o < OC; o++) {
-        const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * (BITS / 2) * 32;
-        const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
-        for (int g = 0; g < GC; g++) {
-          part[g][o] = _mm256_add_epi16(part[g][o], _mm256_maddubs_epi16(w[g], x));
-          KV_KEEP(part[g][o]);
-        }
-      }
-    }
-    for (int g = 0; g < GC; g++)
-      for (int o = 0; o < OC; o++) {
-        const f8 x = _mm256_cvtepi32_ps(_mm256_madd_epi16(part[g][o], one));
-        total[g][o] = f8_fma(x, f8_set(rw[g].unit[s]), total[g][o]);
-      }
+      for (int o = 0; o < OC; o++)
+        total[g][o] = f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rw[g].unit[s]), total[g][o]);
   }
   for (int g = 0; g < GC; g++)
     for (int o = 0; o < OC; o++) f8_store(out + g * d + 8 * o, total[g][o]);
@@ -341,7 +238,7 @@ KV_INLINE void mix_octets(const uint8_t* codes, int64_t octet_bytes, int spans, 
 template <int BITS, int GC>
 static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* score,
                       float* out, Fetch* fetch) {
-  enum { OC = GC <= 2 ? 4 : 2 };
+  enum { OC = code_vectors<GC>() };
   const int d = l.head_size, n = l.page_tokens, spans = (count + 31) / 32;
   const int64_t octet_bytes = int64_t(n) * BITS;
   RoundedWeights rw[GC];
@@ -351,9 +248,10 @@ static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, 
     const int end = (group + 1) * l.group;
     int c = group * l.group;
     const uint8_t* codes = run + l.value;
-    for (; c + 8 * OC <= end; c += 8 * OC, fetch->step())
-      mix_octets<BITS, GC, OC>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c);
-    for (; c < end; c += 16) mix_octets<BITS, GC, 2>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c);
+    for (; c + 8 * OC <= end; c += 8 * OC)
+      mix_octets<BITS, GC, OC>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c, fetch);
+    for (; c < end; c += 16)
+      mix_octets<BITS, GC, 2>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c, fetch);
   }
 }
 
@@ -379,7 +277,8 @@ static bool has_integer_dot(const Layout& l) {
 }
 
 static void decode_codes(const Layout& l, const uint8_t* run, int count, const Query& q, Softmax* s, Fetch* fetch) {
-  fetch->lines = int((fetch->end - fetch->at) / 64 / (l.page_tokens / 32 + l.head_size / 16)) + 1;
+  const int spans = (count + 31) / 32, steps = spans + spans * l.head_size / 32;  // at least
+  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
   PageScales p;
   load_page_scales(l, run, count, &p);
   for (int head = 0; head < q.heads;) {

@@ -62,7 +62,7 @@ struct Call {
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes
   int num_threads;
-  bool integer_dot;  // false: dequantize, for measuring what integer arithmetic adds
+  bool rounding;  // false: 2 and 4 bit pages in float32 too, for measuring what the others add
   Mass mass;
   Reads reads;
 

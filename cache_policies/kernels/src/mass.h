@@ -39,14 +39,14 @@ static void load_keys(const Call& c, const MassTask& t, Tile* tile) {
 
 // adds 2^(score - log2 denominator) of the visible tokens
 static void add_row(float* score, int visible, float log2_sum, float* mass) {
-  const int whole = visible & ~7;
-  for (int t = 0; t < whole; t += 8)
-    f8_store(mass + t, f8_load(mass + t) + f8_exp2(f8_load(score + t) - f8_set(log2_sum)));
+  const int whole = visible / FW * FW;
+  for (int t = 0; t < whole; t += FW)
+    Wide::store(mass + t, Wide::load(mass + t) + fw_exp2(Wide::load(score + t) - Wide::set(log2_sum)));
   for (int t = whole; t < visible; t++) mass[t] += exp2f(score[t] - log2_sum);
 }
 
 static void mass_task(const Call& c, const MassTask& t, const Denominators& z, Scratch* x) {
-  const int d = c.layout.head_size, group = heads_per_query(c), block = max_int(1, min_int(MAX_ROWS, 128) / group);
+  const int d = c.layout.head_size, group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
   const int fresh = c.batch.query_start[t.seq + 1] - c.batch.query_start[t.seq];
   const int first = max_int(0, c.mass.first_query[t.seq]), padded = (t.count + FW - 1) / FW * FW;
   alignas(64) float mass[TILE] = {0};

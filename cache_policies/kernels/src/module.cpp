@@ -16,7 +16,7 @@ namespace nb = nanobind;
 namespace kvthrift {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 #endif
 
 namespace {
@@ -27,9 +27,11 @@ std::vector<std::string> supported() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    names.push_back("avx512");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) names.push_back("avx512bf16");
+  if (avx512) names.push_back("avx512");
   if (avx2) names.push_back("avx2");
 #endif
   names.push_back("portable");
@@ -38,6 +40,7 @@ std::vector<std::string> supported() {
 
 const Kernels& table(const std::string& name) {
 #if defined(__x86_64__)
+  if (name == "avx512bf16") return kernels_avx512bf16;
   if (name == "avx512") return kernels_avx512;
   if (name == "avx2") return kernels_avx2;
 #endif
@@ -54,7 +57,7 @@ T* address(intptr_t p) {
 class Layer {
  public:
   Layer(const std::string& isa, const Layout& layout, int dtype, int num_heads, int num_kv_heads,
-        float scale, bool integer_dot)
+        float scale, bool rounding)
       : kernels_(table(isa)) {
     bool found = false;
     for (const auto& name : supported()) found = found || name == isa;
@@ -64,7 +67,7 @@ class Layer {
     call_.num_heads = num_heads;
     call_.num_kv_heads = num_kv_heads;
     call_.scale = scale;
-    call_.integer_dot = integer_dot;
+    call_.rounding = rounding;
   }
 
   void set_batch(int num_seqs, intptr_t query_start, intptr_t stored, intptr_t ring,
@@ -157,7 +160,7 @@ NB_MODULE(_cpu, m) {
         "value_scale"_a, "value_min"_a, "run_bytes"_a);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<const std::string&, const Layout&, int, int, int, float, bool>(), "isa"_a,
-           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "integer_dot"_a)
+           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "rounding"_a)
       .def("set_batch", &Layer::set_batch)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)

@@ -1,12 +1,24 @@
 // Reading and writing rows of keys and values in any dtype.
 #pragma once
 
+template <class L, Dtype T>
+KV_INLINE typename L::Vec load_as(const char* row, int channel) {
+  if (T == Dtype::f32) return L::load((const float*)row + channel);
+  if (T == Dtype::f16) return L::load_f16((const uint16_t*)row + channel);
+  if (T == Dtype::bf16) return L::load_bf16((const uint16_t*)row + channel);
+  return L::load_s8((const int8_t*)row + channel);
+}
+
 template <Dtype T>
-KV_INLINE f8 load8_as(const char* row, int channel) {
-  if (T == Dtype::f32) return f8_load((const float*)row + channel);
-  if (T == Dtype::f16) return f8_load_f16((const uint16_t*)row + channel);
-  if (T == Dtype::bf16) return f8_load_bf16((const uint16_t*)row + channel);
-  return f8_load_s8((const int8_t*)row + channel);
+KV_INLINE f8 load8_as(const char* row, int channel) { return load_as<Lanes8, T>(row, channel); }
+
+// one channel of as many tokens as a vector holds; octets of tokens lie `octet` bytes apart
+template <class L, Dtype T>
+KV_INLINE typename L::Vec load_octets(const char* at, int64_t octet) {
+  if (T == Dtype::f32) return L::load2((const float*)at, octet);
+  if (T == Dtype::f16) return L::load2_f16((const uint16_t*)at, octet);
+  if (T == Dtype::bf16) return L::load2_bf16((const uint16_t*)at, octet);
+  return L::load2_s8((const int8_t*)at, octet);
 }
 
 KV_INLINE f8 load8(const char* row, Dtype dtype, int channel) {

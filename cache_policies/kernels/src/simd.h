@@ -82,7 +82,7 @@ KV_INLINE void f8_transpose(f8 r[8]) {
   return OP(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))
 KV_INLINE f8 f8_sum8(const f8 r[8]) { KV_REDUCE8(_mm256_add_ps); }
 KV_INLINE f8 f8_max8(const f8 r[8]) { KV_REDUCE8(_mm256_max_ps); }
-KV_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+KV_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 KV_INLINE float f16_to_float(uint16_t x) { return _cvtsh_ss(x); }
 KV_INLINE uint16_t float_to_f16(float f) { return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
 
@@ -135,36 +135,84 @@ KV_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 KV_INLINE f8 f8_sum8(const f8 r[8]) { f8 v; for (int i = 0; i < 8; i++) v[i] = f8_sum(r[i]); return v; }
 #endif
 
-// 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
-KV_INLINE f8 f8_exp2(f8 x) {
-  x = f8_max(x, f8_set(-126.f));
-  const f8 r = f8_round(x), t = x - r;  // t in [-0.5, 0.5]
-  f8 p = f8_set(1.5403530393e-4f);
-  p = f8_fma(p, t, f8_set(1.3333558146e-3f));
-  p = f8_fma(p, t, f8_set(9.6181291076e-3f));
-  p = f8_fma(p, t, f8_set(5.5504108665e-2f));
-  p = f8_fma(p, t, f8_set(2.4022650696e-1f));
-  p = f8_fma(p, t, f8_set(6.9314718056e-1f));
-  p = f8_fma(p, t, f8_set(1.f));
-  return p * f8_pow2(r);
-}
+struct Lanes8 {
+  typedef f8 Vec;
+  enum { N = 8 };
+  KV_INLINE f8 set(float x) { return f8_set(x); }
+  KV_INLINE f8 load(const float* p) { return f8_load(p); }
+  KV_INLINE void store(float* p, f8 v) { f8_store(p, v); }
+  KV_INLINE f8 fma(f8 a, f8 b, f8 c) { return f8_fma(a, b, c); }
+  KV_INLINE f8 max(f8 a, f8 b) { return f8_max(a, b); }
+  KV_INLINE f8 round(f8 a) { return f8_round(a); }
+  KV_INLINE f8 pow2(f8 a) { return f8_pow2(a); }
+  KV_INLINE float sum(f8 a) { return f8_sum(a); }
+  KV_INLINE float hmax(f8 a) { return f8_hmax(a); }
+  KV_INLINE f8 load_f16(const uint16_t* p) { return f8_load_f16(p); }
+  KV_INLINE f8 load_bf16(const uint16_t* p) { return f8_load_bf16(p); }
+  KV_INLINE f8 load_s8(const int8_t* p) { return f8_load_s8(p); }
+  // eight items at p; wider vectors take eight more `next` bytes on
+  KV_INLINE f8 load2(const float* p, int64_t) { return f8_load(p); }
+  KV_INLINE f8 load2_f16(const uint16_t* p, int64_t) { return f8_load_f16(p); }
+  KV_INLINE f8 load2_bf16(const uint16_t* p, int64_t) { return f8_load_bf16(p); }
+  KV_INLINE f8 load2_s8(const int8_t* p, int64_t) { return f8_load_s8(p); }
+};
 
-// Widest vector, for the matrix products of prefill.
 #if defined(__AVX512F__)
-typedef __m512 fw;
-enum { FW = 16 };
-KV_INLINE fw fw_set(float x) { return _mm512_set1_ps(x); }
-KV_INLINE fw fw_load(const float* p) { return _mm512_loadu_ps(p); }
-KV_INLINE void fw_store(float* p, fw v) { _mm512_storeu_ps(p, v); }
-KV_INLINE fw fw_fma(fw a, fw b, fw c) { return _mm512_fmadd_ps(a, b, c); }
+struct Lanes16 {
+  typedef __m512 Vec;
+  enum { N = 16 };
+  KV_INLINE Vec set(float x) { return _mm512_set1_ps(x); }
+  KV_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  KV_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  KV_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  KV_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  KV_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  KV_INLINE Vec pow2(Vec r) {
+    const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(r), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
+  }
+  KV_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+  KV_INLINE float hmax(Vec v) { return _mm512_reduce_max_ps(v); }
+  KV_INLINE Vec load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  KV_INLINE Vec load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+  KV_INLINE Vec load_s8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+  KV_INLINE Vec load2(const float* p, int64_t next) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(f8_load(p)), f8_load((const float*)((const char*)p + next)), 1);
+  }
+  KV_INLINE Vec load2_f16(const uint16_t* p, int64_t next) { return _mm512_cvtph_ps(two128(p, next)); }
+  KV_INLINE Vec load2_bf16(const uint16_t* p, int64_t next) { return from_bf16(two128(p, next)); }
+  KV_INLINE Vec load2_s8(const int8_t* p, int64_t next) {
+    const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)p), _mm_loadl_epi64((const __m128i*)(p + next)));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(both));
+  }
+  KV_INLINE __m256i two128(const uint16_t* p, int64_t next) {
+    const __m128i* second = (const __m128i*)((const char*)p + next);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)), _mm_loadu_si128(second), 1);
+  }
+  KV_INLINE Vec from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+};
+typedef Lanes16 Wide;
 #else
-typedef f8 fw;
-enum { FW = 8 };
-KV_INLINE fw fw_set(float x) { return f8_set(x); }
-KV_INLINE fw fw_load(const float* p) { return f8_load(p); }
-KV_INLINE void fw_store(float* p, fw v) { f8_store(p, v); }
-KV_INLINE fw fw_fma(fw a, fw b, fw c) { return f8_fma(a, b, c); }
+typedef Lanes8 Wide;
 #endif
+typedef Wide::Vec fw;
+enum { FW = Wide::N };
+
+// 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
+KV_INLINE fw fw_exp2(fw x) {
+  x = Wide::max(x, Wide::set(-126.f));
+  const fw r = Wide::round(x), t = x - r;  // t in [-0.5, 0.5]
+  fw p = Wide::set(1.5403530393e-4f);
+  p = Wide::fma(p, t, Wide::set(1.3333558146e-3f));
+  p = Wide::fma(p, t, Wide::set(9.6181291076e-3f));
+  p = Wide::fma(p, t, Wide::set(5.5504108665e-2f));
+  p = Wide::fma(p, t, Wide::set(2.4022650696e-1f));
+  p = Wide::fma(p, t, Wide::set(6.9314718056e-1f));
+  p = Wide::fma(p, t, Wide::set(1.f));
+  return p * Wide::pow2(r);
+}
 
 KV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
 KV_INLINE int max_int(int a, int b) { return a > b ? a : b; }

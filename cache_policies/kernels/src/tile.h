@@ -13,23 +13,24 @@ template <int MR, int NV, bool ADD>
 KV_INLINE void micro(int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
   fw acc[MR][NV];
   for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NV; j++) acc[i][j] = ADD ? fw_load(c + i * ldc + j * FW) : fw_set(0.f);
+    for (int j = 0; j < NV; j++) acc[i][j] = ADD ? Wide::load(c + i * ldc + j * FW) : Wide::set(0.f);
   for (int p = 0; p < k; p++) {
     fw bv[NV];
-    for (int j = 0; j < NV; j++) bv[j] = fw_load(b + int64_t(p) * ldb + j * FW);
+    for (int j = 0; j < NV; j++) bv[j] = Wide::load(b + int64_t(p) * ldb + j * FW);
     for (int i = 0; i < MR; i++) {
-      const fw av = fw_set(a[i * lda + p]);
-      for (int j = 0; j < NV; j++) acc[i][j] = fw_fma(av, bv[j], acc[i][j]);
+      const fw av = Wide::set(a[i * lda + p]);
+      for (int j = 0; j < NV; j++) acc[i][j] = Wide::fma(av, bv[j], acc[i][j]);
     }
   }
   for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NV; j++) fw_store(c + i * ldc + j * FW, acc[i][j]);
+    for (int j = 0; j < NV; j++) Wide::store(c + i * ldc + j * FW, acc[i][j]);
 }
 
 template <int MR, bool ADD>
 static void panel(int n, int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
+  enum { NV = FW == 16 ? 4 : 2 };  // as many accumulators as registers hold
   int j = 0;
-  for (; j + 2 * FW <= n; j += 2 * FW) micro<MR, 2, ADD>(k, a, lda, b + j, ldb, c + j, ldc);
+  for (; j + NV * FW <= n; j += NV * FW) micro<MR, NV, ADD>(k, a, lda, b + j, ldb, c + j, ldc);
   for (; j < n; j += FW) micro<MR, 1, ADD>(k, a, lda, b + j, ldb, c + j, ldc);
 }
 
@@ -88,43 +89,66 @@ static void tile_values_from_rows(const KvRows& rows, int d, Tile* tile) {
   }
 }
 
-// tokens [first, first + count) of an affine page, first a multiple of 32
-static void tile_keys_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
-  const int d = l.head_size, n = l.page_tokens;
+// Decodes tokens [first, first + count) of an affine page, first a multiple of 32: calls
+// put(t, c, x, y) with channels c and c + 1 of the eight tokens from first + t on.
+template <class Put>
+KV_INLINE void keys_from_codes(const Layout& l, const uint8_t* run, int first, int count, Put put) {
   const uint16_t *ks = (const uint16_t*)(run + l.key_scale), *km = (const uint16_t*)(run + l.key_min);
-  for (int t = 0; t < count; t += 8) {
-    const int token = first + t;
-    for (int c = 0; c < d; c++) {
-      const CodeSlot slot = key_slot(token, c & ~3, l.k_bits, d);
-      const f8 code = f8_load_codes(run + l.key + slot.byte, slot.shift + c % 4 * 8, l.k_bits);
-      f8 scale, low;
-      if (l.keys_per_channel) {
-        scale = f8_set(f16_to_float(ks[token / l.group * d + c]));
-        low = f8_set(f16_to_float(km[token / l.group * d + c]));
-      } else {
-        scale = f8_load_f16(ks + c / l.group * n + token);
-        low = f8_load_f16(km + c / l.group * n + token);
+  const int d = l.head_size, span = l.keys_per_channel ? l.group : 8, share = l.keys_per_channel ? 2 : l.group;
+  for (int t0 = 0; t0 < count; t0 += span)
+    for (int c0 = 0; c0 < d; c0 += share) {
+      f8 scale[2], low[2];
+      for (int i = 0; i < 2; i++) {
+        const int g = l.keys_per_channel ? (first + t0) / l.group * d + c0 + i : c0 / l.group * l.page_tokens + first + t0;
+        scale[i] = l.keys_per_channel ? f8_set(f16_to_float(ks[g])) : f8_load_f16(ks + g);
+        low[i] = l.keys_per_channel ? f8_set(f16_to_float(km[g])) : f8_load_f16(km + g);
       }
-      f8_store(tile->key + c * TILE + t, f8_fma(code, scale, low));
+      for (int t = t0; t < min_int(t0 + span, count); t += 8)
+        for (int c = c0; c < c0 + share; c += 2) {
+          const CodeSlot slot = key_slot(first + t, c & ~3, l.k_bits, d);
+          const uint8_t* codes = run + l.key + slot.byte;
+          put(t, c, f8_fma(f8_load_codes(codes, slot.shift + c % 4 * 8, l.k_bits), scale[0], low[0]),
+              f8_fma(f8_load_codes(codes, slot.shift + c % 4 * 8 + 8, l.k_bits), scale[1], low[1]));
+        }
+    }
+}
+
+// The same for values: put(t, c, x, y) with channels [c, c + 8) of tokens first + t and the next
+// one, which is zero where the tokens end.
+template <class Put>
+KV_INLINE void values_from_codes(const Layout& l, const uint8_t* run, int first, int count, Put put) {
+  const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
+  const int64_t octet = int64_t(l.page_tokens) * l.v_bits;  // bytes between eight channels and the next
+  for (int t = 0; t < count; t += 2) {
+    const CodeSlot slot = value_slot((first + t) & ~3, 0, l.v_bits, l.page_tokens);
+    const int shift = slot.shift + (first + t) % 4 * 8;
+    const bool pair = t + 1 < count;
+    for (int c0 = 0; c0 < l.head_size; c0 += l.group) {
+      const int g = c0 / l.group * l.page_tokens + first + t;
+      const f8 scale = f8_set(f16_to_float(vs[g])), low = f8_set(f16_to_float(vm[g]));
+      const f8 scale2 = pair ? f8_set(f16_to_float(vs[g + 1])) : f8_zero(), low2 = pair ? f8_set(f16_to_float(vm[g + 1])) : f8_zero();
+      for (int c = c0; c < c0 + l.group; c += 8) {
+        const uint8_t* codes = run + l.value + slot.byte + c / 8 * octet;
+        put(t, c, f8_fma(f8_load_codes(codes, shift, l.v_bits), scale, low),
+            f8_fma(f8_load_codes(codes, shift + 8, l.v_bits), scale2, low2));
+      }
     }
   }
 }
 
+static void tile_keys_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
+  keys_from_codes(l, run, first, count, [=](int t, int c, f8 x, f8 y) {
+    f8_store(tile->key + c * TILE + t, x);
+    f8_store(tile->key + (c + 1) * TILE + t, y);
+  });
+}
+
 static void tile_values_from_codes(const Layout& l, const uint8_t* run, int first, int count, Tile* tile) {
-  const int d = l.head_size, vf = 8 / l.v_bits, n = l.page_tokens;
-  const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
-  for (int t = 0; t < count; t++) {
-    const int token = first + t;
-    const CodeSlot slot = value_slot(token & ~3, 0, l.v_bits, n);
-    const int64_t step = int64_t(n / 16) * (4 / vf) * 32;
-    for (int c = 0; c < d; c += 8) {
-      const uint8_t* codes = run + l.value + slot.byte + c / 8 * step;
-      const f8 code = f8_load_codes(codes, slot.shift + token % 4 * 8, l.v_bits);
-      const int g = c / l.group * n + token;
-      f8_store(tile->value + t * d + c,
-               f8_fma(code, f8_set(f16_to_float(vs[g])), f8_set(f16_to_float(vm[g]))));
-    }
-  }
+  const int d = l.head_size;
+  values_from_codes(l, run, first, count, [=](int t, int c, f8 x, f8 y) {
+    f8_store(tile->value + t * d + c, x);
+    if (t + 1 < count) f8_store(tile->value + (t + 1) * d + c, y);
+  });
 }
 
 // Running softmax of a set of query rows; out is the unnormalized sum. Scores are in units of
@@ -141,17 +165,17 @@ static void softmax_begin(Softmax* s, int rows, int d) {
 }
 
 // scores [count] -> probabilities under the new maximum; earlier sums are rescaled.
-// score[count .. next multiple of 8) is set to 0.
+// score[count .. next multiple of FW) is set to 0.
 KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) {
-  const int padded = (count + 7) & ~7;
+  const int padded = (count + FW - 1) / FW * FW;
   for (int t = count; t < padded; t++) score[t] = -1e30f;
-  f8 top = f8_load(score);
-  for (int t = 8; t < padded; t += 8) top = f8_max(top, f8_load(score + t));
-  const float old = s->top[row], now = max_float(old, f8_hmax(top));
-  f8 sum = f8_zero();
-  for (int t = 0; t < padded; t += 8) {
-    const f8 p = f8_exp2(f8_load(score + t) - f8_set(now));
-    f8_store(score + t, p);
+  fw top = Wide::load(score);
+  for (int t = FW; t < padded; t += FW) top = Wide::max(top, Wide::load(score + t));
+  const float old = s->top[row], now = max_float(old, Wide::hmax(top));
+  fw sum = Wide::set(0.f);
+  for (int t = 0; t < padded; t += FW) {
+    const fw p = fw_exp2(Wide::load(score + t) - Wide::set(now));
+    Wide::store(score + t, p);
     sum = sum + p;
   }
   for (int t = count; t < padded; t++) score[t] = 0.f;
@@ -160,9 +184,9 @@ KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) 
     s->sum[row] *= shrink;
     s->top[row] = now;
     float* out = s->out + int64_t(row) * d;
-    for (int c = 0; c < d; c += 8) f8_store(out + c, f8_load(out + c) * f8_set(shrink));
+    for (int c = 0; c < d; c += FW) Wide::store(out + c, Wide::load(out + c) * Wide::set(shrink));
   }
-  s->sum[row] += f8_sum(sum);
+  s->sum[row] += Wide::sum(sum);
 }
 
 // The query of row r sees the tile's first causal_from + r / heads_per_query + 1 tokens: a
@@ -179,7 +203,7 @@ static void attend_tile(const Tile& tile, int count, const float* query, int row
       continue;
     }
     softmax_row(s, r, d, score + r * TILE, visible);
-    for (int t = (visible + 7) & ~7; t < count; t++) score[r * TILE + t] = 0.f;
+    for (int t = (visible + FW - 1) / FW * FW; t < count; t++) score[r * TILE + t] = 0.f;
   }
   matmul<true>(rows, d, count, score, TILE, tile.value, d, s->out, d);
 }

@@ -1,11 +1,12 @@
-"""Decode attention: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
+"""Attention of one layer: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
 
-Usage: ``python -m benchmarks.decode_attention [--seqs 8] [--tokens 8192] [--rounds 15]``
+Usage: ``python -m benchmarks.attention [--seqs 8] [--tokens 8192] [--rounds 15] [--isa avx2]``
+for decode, ``--seqs 1 --fresh 512`` for a chunk of a prompt.
 
 Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM in
-float32 measured in the same rounds, the share of the memory-bandwidth bound (bytes of pages
-read / measured read bandwidth / time), and the error that integer arithmetic adds beside the
-codec's own error.
+float32 measured in the same rounds, billions of floating-point operations a second, the share of
+the memory-bandwidth bound (bytes of pages read / measured read bandwidth / time), and the error
+that integer arithmetic adds beside the codec's own error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from cache_policies.kernels.contract import Batch, Shape
-from cache_policies.kernels.cpu import CpuKernel
+from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.page import PageLayout
 from cache_policies.plan import Plan
 from cache_policies.policy import parse
@@ -35,13 +36,13 @@ LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
 
 
 def ours(
-    policy: str, seqs: int, tokens: int, shape: tuple[int, int, int]
+    policy: str, seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int], isa: str | None
 ) -> tuple[Callable[[], None], int]:
-    """A decode step of one layer, and the page bytes it reads."""
+    """A step of LAYERS layers, and the page bytes that one of them reads."""
     heads, kv_heads, head_size = shape
     layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
     plan = Plan.of(layout)
-    row = plan.pages(tokens + 1)
+    row = plan.pages(tokens + fresh)
     count = seqs * row
     # Random bytes would hold NaN scales: encode one page of random tokens and copy it.
     page = torch.zeros(kv_heads, layout.head_bytes, dtype=torch.uint8)
@@ -49,12 +50,12 @@ def ours(
     layout.codec.write(layout.views(page), 0, *tokens_of_page)
     pages = [page.repeat(count, 1, 1).contiguous() for _ in range(LAYERS)]
     table = torch.randperm(count).to(torch.int32).reshape(seqs, row)
-    start = np.arange(seqs + 1, dtype=np.int32)
+    start = np.arange(seqs + 1, dtype=np.int32) * fresh
     batch = Batch.of(plan, start, np.full(seqs, tokens, dtype=np.int32), table)
-    query = torch.randn(seqs, heads, head_size)
-    key, value = torch.randn(2, seqs, kv_heads, head_size)
+    query = torch.randn(seqs * fresh, heads, head_size)
+    key, value = torch.randn(2, seqs * fresh, kv_heads, head_size)
     output = torch.empty_like(query)
-    kernel = CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5))
+    kernel = CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5), isa=isa)
 
     def step() -> None:
         for layer in pages:
@@ -64,20 +65,20 @@ def ours(
     return step, seqs * kv_heads * used
 
 
-def stock(seqs: int, tokens: int, shape: tuple[int, int, int]) -> Callable[[], None]:
+def stock(seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int]) -> Callable[[], None]:
     """The same step through stock vLLM's operator, float32."""
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     heads, kv_heads, head_size = shape
     isa = _get_attn_isa(torch.float32, PAGE, head_size, "auto")
-    blocks = -(-(tokens + 1) // PAGE)
+    blocks = -(-(tokens + fresh) // PAGE)
     caches = [torch.randn(seqs * blocks, kv_heads, 2 * PAGE, head_size) for _ in range(LAYERS)]
     table = torch.randperm(seqs * blocks).to(torch.int32).reshape(seqs, blocks)
-    query = torch.randn(seqs, heads, head_size)
+    query = torch.randn(seqs * fresh, heads, head_size)
     output = torch.empty_like(query)
-    start = torch.arange(seqs + 1, dtype=torch.int32)
-    lengths = torch.full((seqs,), tokens + 1, dtype=torch.int32)
+    start = torch.arange(seqs + 1, dtype=torch.int32) * fresh
+    lengths = torch.full((seqs,), tokens + fresh, dtype=torch.int32)
 
     def step() -> None:
         metadata = ops.cpu_attn_get_scheduler_metadata(
@@ -108,7 +109,9 @@ def bandwidth() -> float:
     return best
 
 
-def errors(policy: str, shape: tuple[int, int, int], tokens: int = 4096) -> tuple[float, float]:
+def errors(
+    policy: str, shape: tuple[int, int, int], isa: str | None, tokens: int = 4096
+) -> tuple[float, float]:
     """Relative error of the codec, and of integer arithmetic against the same stored codes."""
     heads, kv_heads, head_size = shape
     layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
@@ -119,13 +122,13 @@ def errors(policy: str, shape: tuple[int, int, int], tokens: int = 4096) -> tupl
     key, value = torch.randn(2, tokens, kv_heads, head_size)
     fresh = torch.randn(2, 1, kv_heads, head_size)
     query = torch.randn(1, heads, head_size) * 2
-    exact = CpuKernel(layout, form, integer_dot=False)
+    exact = CpuKernel(layout, form, isa=isa, rounding=False)
     fill = Batch.of(plan, np.array([0, tokens], dtype=np.int32), np.zeros(1, dtype=np.int32), table)
     exact.append(pages, fill, key, value)
     one = np.array([0, 1], dtype=np.int32)
     step = Batch.of(plan, one, np.array([tokens], dtype=np.int32), table)
     results = []
-    for kernel in (exact, CpuKernel(layout, form)):
+    for kernel in (exact, CpuKernel(layout, form, isa=isa)):
         output = torch.empty_like(query)
         kernel.attend(pages, step, query, fresh[0], fresh[1], output)
         results.append(output)
@@ -143,7 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--seqs", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--fresh", type=int, default=1, help="new tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--isa", choices=supported_isas(), help="of our kernels")
     parser.add_argument(
         "--budget", type=int, default=1024, help="tokens kept by an evicting method"
     )
@@ -152,13 +157,14 @@ def main() -> None:
     speed = bandwidth()
     print(f"threads {torch.get_num_threads()}, read bandwidth {speed / 1e9:.1f} GB/s")
     for shape in SHAPES:
-        steps = {"stock float32": stock(options.seqs, options.tokens, shape)}
-        reads = {"stock float32": options.seqs * options.tokens * shape[1] * shape[2] * 8}
-        for policy in POLICIES:
-            steps[policy], reads[policy] = ours(policy, options.seqs, options.tokens, shape)
-        for policy in BUDGETED:
-            name = f"{policy}, {options.budget}"
-            steps[name], reads[name] = ours(policy, options.seqs, options.budget, shape)
+        seqs, tokens, fresh = options.seqs, options.tokens, options.fresh
+        steps = {"stock float32": stock(seqs, tokens, fresh, shape)}
+        reads = {"stock float32": seqs * tokens * shape[1] * shape[2] * 8}
+        lengths = dict.fromkeys(("stock float32", *POLICIES), tokens)
+        lengths.update({f"{policy}, {options.budget}": options.budget for policy in BUDGETED})
+        for name, length in list(lengths.items())[1:]:
+            policy = name.split(",", maxsplit=1)[0]
+            steps[name], reads[name] = ours(policy, seqs, length, fresh, shape, options.isa)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()
@@ -170,18 +176,22 @@ def main() -> None:
         base = statistics.median(times["stock float32"])
         print(
             f"\nshape (query heads, KV heads, head size) = {shape}, "
-            f"{options.seqs} sequences x {options.tokens} tokens"
+            f"{seqs} sequences x {tokens} tokens and {fresh} new"
         )
         print(
-            f"{'':16}{'ms/layer':>10}{'x stock':>9}{'of bound':>10}{'codec err':>11}{'int err':>10}"
+            f"{'':16}{'ms/layer':>10}{'x stock':>9}{'GFLOP/s':>9}{'of bound':>10}"
+            f"{'codec err':>11}{'int err':>10}"
         )
         for name in steps:
             median = statistics.median(times[name])
             bound = reads[name] / speed / median
+            pairs = seqs * fresh * (lengths[name] + (fresh + 1) / 2)  # of a query and a key
+            speed_of = 4 * pairs * shape[0] * shape[2] / median / 1e9
             codec = f"{'':>11}{'':>10}"
             if name in ("flexgen-4bit", "kivi-4bit", "kivi-2bit"):
-                codec = "{:>11.4f}{:>10.4f}".format(*errors(name, shape))
-            print(f"{name:16}{median * 1e3:10.2f}{base / median:9.2f}{bound:10.0%}{codec}")
+                codec = "{:>11.4f}{:>10.4f}".format(*errors(name, shape, options.isa))
+            ratio = f"{base / median:9.2f}{speed_of:9.1f}{bound:10.0%}"
+            print(f"{name:16}{median * 1e3:10.2f}{ratio}{codec}")
 
 
 if __name__ == "__main__":
