@@ -1,11 +1,13 @@
 """The whole engine decoding at long context: stock vLLM and policies, one after the other.
 
-Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] [--compile]``
+Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] [--shared 0]
+[--compile]``
 
 Every engine runs in a process of its own with the same threads and flags, without a server
 (whose processes would share the cores), eager unless told to compile (which takes minutes and
-leaves attention alone). Prompts of about 6000 tokens share their first 80%, so that prefill ends in
-minutes. Prints seconds to the first token of a lone prompt, and output tokens/s while all streams
+leaves attention alone). Prompts of about 5500 tokens have nothing in common, or ``shared`` of their
+words at the start: prefill is then shorter, and what streams have in common is read from memory
+once. Prints seconds to the first token of a lone prompt, and output tokens/s while all streams
 decode.
 """
 
@@ -30,6 +32,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": str(os.cpu_count()),
 }
 MARK = "result: "
+WORDS = 4850  # of a prompt
 
 
 def text(words: int, seed: int) -> str:
@@ -42,7 +45,7 @@ def text(words: int, seed: int) -> str:
 
 
 def measure(
-    policy: str | None, streams: int, steps: int, *, eager: bool
+    policy: str | None, streams: int, steps: int, *, shared: float, eager: bool
 ) -> tuple[float, int, float]:
     """Seconds to the first token of a lone prompt, its tokens, and output tokens/s."""
     from vllm import LLM, SamplingParams
@@ -58,8 +61,8 @@ def measure(
         kv_cache_memory_bytes=3 << 30,
         additional_config={"cache_policy": policy} if policy else {},
     )
-    shared = text(3900, seed=0)
-    prompts = [f"{shared} {text(950, seed=i + 1)}" for i in range(streams)]
+    common = text(int(WORDS * shared), seed=0)
+    prompts = [f"{common} {text(int(WORDS * (1 - shared)), i + 1)}" for i in range(streams)]
     llm.generate("Warm-up.", SamplingParams(max_tokens=2), use_tqdm=False)
     begin = time.perf_counter()
     lone = llm.generate(prompts[0], SamplingParams(max_tokens=1), use_tqdm=False)[0]
@@ -83,18 +86,23 @@ def main() -> None:
     parser.add_argument("--policy", action="append")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--shared", type=float, default=0.0, help="share of a prompt, 0 to 1")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only is not None:
-        policy, eager = options.only or None, not options.compile
-        print(MARK + json.dumps(measure(policy, options.streams, options.steps, eager=eager)))
+        found = measure(
+            options.only or None, options.streams, options.steps,
+            shared=options.shared, eager=not options.compile,
+        )  # fmt: skip
+        print(MARK + json.dumps(found))
         return
     print(f"{'':32}{'prompt':>8}{'TTFT s':>9}{'x stock':>9}{'out tok/s':>11}{'x stock':>9}")
     base: tuple[float, float] | None = None
     for policy in ("", *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
         command = [sys.executable, __file__, "--only", policy, "--streams", str(options.streams)]
-        command += ["--steps", str(options.steps), *(["--compile"] if options.compile else [])]
+        command += ["--steps", str(options.steps), "--shared", str(options.shared)]
+        command += ["--compile"] if options.compile else []
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
         )

@@ -182,7 +182,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             **unknown,
         }
         for feature, value in features.items():
-            if value is not None and value != 0:
+            if value is not None and (not isinstance(value, (int, float)) or value):
                 raise PolicyError(
                     f"a cache policy cannot serve layers with {feature}; "
                     f"layer {_next_layer(vllm_config)} is one"

@@ -254,9 +254,14 @@ def refused(model: str, policy: str | None, **options: Any) -> str:
     return ""
 
 
-def refused_each(model: str, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Messages of engines that must not start; none may get as far as a worker."""
-    return [refused(model, policy, **options) for policy, options in cases]
+def refused_each(cases: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
+    """Messages of engines that must not start; none may get as far as its first step.
+
+    Args:
+        cases: model, policy and options of each.
+
+    """
+    return [refused(model, policy, **options) for model, policy, options in cases]
 
 
 def _answer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

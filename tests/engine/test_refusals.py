@@ -1,0 +1,96 @@
+"""Engines that must not start, and what they say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Program
+
+SMALL = {
+    "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+MLA = {
+    "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64,
+    "v_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 2,
+    "moe_intermediate_size": 64, "num_key_value_heads": 4,
+}  # fmt: skip
+AUDIO = {
+    "vocab_size": 256, "d_model": 128, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+BLOOM = {"vocab_size": 256, "hidden_size": 256, "n_layer": 2, "n_head": 4}
+# model type -> class and configuration, without weights: they are refused before these are read
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**SMALL, **MLA}),
+    "whisper": ("WhisperForConditionalGeneration", AUDIO),
+    "bloom": ("BloomForCausalLM", BLOOM),
+    "gemma2": ("Gemma2ForCausalLM", SMALL),
+    "gpt_oss": ("GptOssForCausalLM", {**SMALL, **EXPERTS}),
+}
+pytestmark = pytest.mark.engine
+LISTENING = {"skip_tokenizer_init": False, "max_model_len": 448, "max_num_batched_tokens": 2048}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+DRAFT = {"method": "ngram", "num_speculative_tokens": 2}
+
+# model ("" is the tiny Llama), policy, options, and what the message must name
+REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("", "snappkv", {}, "unknown cache policy 'snappkv'; allowed: raw, fp16"),
+    ("", "snapkv(budget=0)", {}, "budget=0 is not above sinks + window"),
+    ("", "fp16", {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "drop --scheduler"),
+    ("", "kivi-2bit+layers(first=1,last=1)", {}, "takes all of the model's 2 layers"),
+    ("", "kivi-4bit(group=128)", {}, "group 128 does not divide head size 64"),
+    ("", "kivi-4bit", {"block_size": 64}, "residual 128 does not divide the block size 64"),
+    ("", "kivi-4bit", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ("", "kivi-4bit", {"kv_transfer_config": CONNECTOR}, "a KV connector; drop"),
+    ("deepseek_v2", "fp16", {}, "multi-head latent attention (MLA)"),
+    ("whisper", "fp16", LISTENING, "encoder-decoder models"),
+    ("bloom", "snapkv(budget=64)", {}, "ALiBi; layer 0 is one"),
+    ("gemma2", "snapkv(budget=64)", {}, "a logits soft cap; layer 1 is one"),
+    ("gpt_oss", "fp16", {}, "sinks learned by the model; layer 1 is one"),
+    # the last one: what vLLM imports for it keeps other engines of the process from starting
+    ("", "kivi-4bit", {"speculative_config": DRAFT}, "speculative decoding"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(program: Program, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from transformers import AutoConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+    folders = {"": tiny}
+    for kind, (architecture, options) in MODELS.items():
+        config = AutoConfig.for_model(kind, **options)
+        config.architectures = [architecture]
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        config.save_pretrained(folders[kind])
+    vocabulary = {"<|endoftext|>": 0, **{chr(300 + i): i for i in range(1, 256)}}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folders["whisper"])
+    bare = {"skip_tokenizer_init": True, "load_format": "dummy"}
+    cases = [
+        (folders[model], policy, {**(bare if model else {}), **options})
+        for model, policy, options, _ in REFUSED
+    ]
+    found: list[str] = program("refused_each", cases=cases)
+    return found
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)), ids=[named for *_, named in REFUSED])
+def test_what_cannot_work_is_refused_at_start(refusals: list[str], case: int) -> None:
+    assert REFUSED[case][3] in refusals[case]
+
+
+def test_too_little_memory_is_refused_by_vllms_own_check(program: Program, tiny: str) -> None:
+    little = {"policy": "kivi-4bit", "kv_cache_memory_bytes": 300_000}
+    assert "max seq len (2048)" in program("refused", model=tiny, **little)
+
+
+def test_a_filtered_plugin_is_noticed_and_refused(program: Program, tiny: str) -> None:
+    message = program("refused", {"VLLM_PLUGINS": ""}, model=tiny, policy="kivi-4bit")
+    assert "the cache policy is not active in this worker" in message
