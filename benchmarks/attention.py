@@ -1,12 +1,12 @@
 """Attention of one layer: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
 
-Usage: ``python -m benchmarks.attention [--seqs 8] [--tokens 8192] [--rounds 15] [--isa avx2]``
-for decode, ``--seqs 1 --fresh 512`` for a chunk of a prompt.
+Usage: ``python -m benchmarks.attention [--seqs 8] [--tokens 8192] [--rounds 15] [--isa avx2]
+[--dtype bfloat16]`` for decode, ``--seqs 1 --fresh 512`` for a chunk of a prompt.
 
-Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM in
-float32 measured in the same rounds, billions of floating-point operations a second, the share of
-the memory-bandwidth bound (bytes of pages read / measured read bandwidth / time), and the error
-that integer arithmetic adds beside the codec's own error.
+Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM with the
+same dtype of the model in the same rounds, billions of floating-point operations a second, the
+share of the memory-bandwidth bound (bytes of pages read / measured read bandwidth / time), and the
+error that rounding in the kernel adds beside the codec's own error.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
 
 
 def ours(
-    policy: str, seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int], isa: str | None
+    policy: str,
+    seqs: int,
+    tokens: int,
+    fresh: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    isa: str | None,
 ) -> tuple[Callable[[], None], int]:
     """A step of LAYERS layers, and the page bytes that one of them reads."""
     heads, kv_heads, head_size = shape
-    layout = PageLayout(parse(policy).codec, head_size, PAGE, torch.float32)
+    layout = PageLayout(parse(policy).codec, head_size, PAGE, dtype)
     plan = Plan.of(layout)
     row = plan.pages(tokens + fresh)
     count = seqs * row
@@ -52,8 +58,8 @@ def ours(
     table = torch.randperm(count).to(torch.int32).reshape(seqs, row)
     start = np.arange(seqs + 1, dtype=np.int32) * fresh
     batch = Batch.of(plan, start, np.full(seqs, tokens, dtype=np.int32), table)
-    query = torch.randn(seqs * fresh, heads, head_size)
-    key, value = torch.randn(2, seqs * fresh, kv_heads, head_size)
+    query = torch.randn(seqs * fresh, heads, head_size).to(dtype)
+    key, value = torch.randn(2, seqs * fresh, kv_heads, head_size).to(dtype)
     output = torch.empty_like(query)
     kernel = CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5), isa=isa)
 
@@ -65,17 +71,21 @@ def ours(
     return step, seqs * kv_heads * used
 
 
-def stock(seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int]) -> Callable[[], None]:
-    """The same step through stock vLLM's operator, float32."""
+def stock(
+    seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Callable[[], None]:
+    """The same step through stock vLLM's operator."""
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     heads, kv_heads, head_size = shape
-    isa = _get_attn_isa(torch.float32, PAGE, head_size, "auto")
+    isa = _get_attn_isa(dtype, PAGE, head_size, "auto")
     blocks = -(-(tokens + fresh) // PAGE)
-    caches = [torch.randn(seqs * blocks, kv_heads, 2 * PAGE, head_size) for _ in range(LAYERS)]
+    caches = [
+        torch.randn(seqs * blocks, kv_heads, 2 * PAGE, head_size).to(dtype) for _ in range(LAYERS)
+    ]
     table = torch.randperm(seqs * blocks).to(torch.int32).reshape(seqs, blocks)
-    query = torch.randn(seqs * fresh, heads, head_size)
+    query = torch.randn(seqs * fresh, heads, head_size).to(dtype)
     output = torch.empty_like(query)
     start = torch.arange(seqs + 1, dtype=torch.int32) * fresh
     lengths = torch.full((seqs,), tokens + fresh, dtype=torch.int32)
@@ -83,7 +93,7 @@ def stock(seqs: int, tokens: int, fresh: int, shape: tuple[int, int, int]) -> Ca
     def step() -> None:
         metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=seqs, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_size,
-            seq_lens=lengths, dtype=torch.float32, query_start_loc=start, causal=True,
+            seq_lens=lengths, dtype=dtype, query_start_loc=start, causal=True,
             sliding_window_size=-1, isa=isa, enable_kv_split=True,
         )  # fmt: skip
         for cache in caches:
@@ -148,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--fresh", type=int, default=1, help="new tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--isa", choices=supported_isas(), help="of our kernels")
     parser.add_argument(
         "--budget", type=int, default=1024, help="tokens kept by an evicting method"
@@ -158,13 +169,14 @@ def main() -> None:
     print(f"threads {torch.get_num_threads()}, read bandwidth {speed / 1e9:.1f} GB/s")
     for shape in SHAPES:
         seqs, tokens, fresh = options.seqs, options.tokens, options.fresh
-        steps = {"stock float32": stock(seqs, tokens, fresh, shape)}
-        reads = {"stock float32": seqs * tokens * shape[1] * shape[2] * 8}
-        lengths = dict.fromkeys(("stock float32", *POLICIES), tokens)
+        stock_name, dtype = f"stock {options.dtype}", getattr(torch, options.dtype)
+        steps = {stock_name: stock(seqs, tokens, fresh, shape, dtype)}
+        reads = {stock_name: seqs * tokens * shape[1] * shape[2] * 2 * dtype.itemsize}
+        lengths = dict.fromkeys((stock_name, *POLICIES), tokens)
         lengths.update({f"{policy}, {options.budget}": options.budget for policy in BUDGETED})
         for name, length in list(lengths.items())[1:]:
             policy = name.split(",", maxsplit=1)[0]
-            steps[name], reads[name] = ours(policy, seqs, length, fresh, shape, options.isa)
+            steps[name], reads[name] = ours(policy, seqs, length, fresh, shape, dtype, options.isa)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()
@@ -173,7 +185,7 @@ def main() -> None:
                 begin = time.perf_counter()
                 step()
                 times[name].append((time.perf_counter() - begin) / LAYERS)
-        base = statistics.median(times["stock float32"])
+        base = statistics.median(times[stock_name])
         print(
             f"\nshape (query heads, KV heads, head size) = {shape}, "
             f"{seqs} sequences x {tokens} tokens and {fresh} new"

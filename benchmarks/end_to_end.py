@@ -1,7 +1,7 @@
 """The whole engine decoding at long context: stock vLLM and policies, one after the other.
 
 Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] [--shared 0]
-[--compile]``
+[--dtype bfloat16] [--compile]``
 
 Every engine runs in a process of its own with the same threads and flags, without a server
 (whose processes would share the cores), eager unless told to compile (which takes minutes and
@@ -45,7 +45,7 @@ def text(words: int, seed: int) -> str:
 
 
 def measure(
-    policy: str | None, streams: int, steps: int, *, shared: float, eager: bool
+    policy: str | None, streams: int, steps: int, *, shared: float, dtype: str, eager: bool
 ) -> tuple[float, int, float]:
     """Seconds to the first token of a lone prompt, its tokens, and output tokens/s."""
     from vllm import LLM, SamplingParams
@@ -54,7 +54,7 @@ def measure(
 
     llm = LLM(
         str(get_model("smollm2-135m")),
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=eager,
         max_model_len=8192,
         max_num_batched_tokens=512,
@@ -87,13 +87,14 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--shared", type=float, default=0.0, help="share of a prompt, 0 to 1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only is not None:
         found = measure(
             options.only or None, options.streams, options.steps,
-            shared=options.shared, eager=not options.compile,
+            shared=options.shared, dtype=options.dtype, eager=not options.compile,
         )  # fmt: skip
         print(MARK + json.dumps(found))
         return
@@ -102,6 +103,7 @@ def main() -> None:
     for policy in ("", *(options.policy or ["kivi-4bit", "kivi-2bit", "fp16"])):
         command = [sys.executable, __file__, "--only", policy, "--streams", str(options.streams)]
         command += ["--steps", str(options.steps), "--shared", str(options.shared)]
+        command += ["--dtype", options.dtype]
         command += ["--compile"] if options.compile else []
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
@@ -109,7 +111,7 @@ def main() -> None:
         line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
         ttft, prompt, speed = json.loads(line.removeprefix(MARK))
         base = base or (ttft, speed)
-        name = policy or "stock float32"
+        name = policy or f"stock {options.dtype}"
         ratios = f"{ttft / base[0]:9.2f}", f"{speed / base[1]:9.2f}"
         print(f"{name:32}{prompt:8}{ttft:9.1f}{ratios[0]}{speed:11.1f}{ratios[1]}", flush=True)
 

@@ -22,48 +22,33 @@ struct PageScales {
   alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
 };
 
-static void load_scales(const uint8_t* from, int count, int padded, float* out) {
-  const uint16_t* half = (const uint16_t*)from;
+// count scales and minima to float32, then zeros up to padded; the minima are those of codes
+// counted from `mid`
+static void load_affine(const uint8_t* scales, const uint8_t* minima, int count, int padded, float mid, float* scale,
+                        float* low) {
+  const uint16_t *s16 = (const uint16_t*)scales, *m16 = (const uint16_t*)minima;
   int i = 0;
-  for (; i + 8 <= count; i += 8) f8_store(out + i, f8_load_f16(half + i));
-  for (; i < count; i++) out[i] = f16_to_float(half[i]);
-  for (; i < padded; i++) out[i] = 0.f;
-}
-
-// min += mid * scale: the minimum of codes counted from their middle
-static void shift_minima(const float* scale, int n, float mid, float* low) {
-  for (int i = 0; i < n; i += 8) f8_store(low + i, f8_fma(f8_load(scale + i), f8_set(mid), f8_load(low + i)));
+  for (; i + FW <= count; i += FW) {
+    const fw s = Wide::load_f16(s16 + i);
+    Wide::store(scale + i, s);
+    Wide::store(low + i, Wide::fma(s, Wide::set(mid), Wide::load_f16(m16 + i)));
+  }
+  for (; i < count; i++) scale[i] = f16_to_float(s16[i]), low[i] = f16_to_float(m16[i]) + mid * scale[i];
+  for (; i < padded; i++) scale[i] = low[i] = 0.f;
 }
 
 static void load_page_scales(const Layout& l, const uint8_t* run, int count, PageScales* s) {
-  const int d = l.head_size, n = l.page_tokens, groups = d / l.group, padded = (count + 31) & ~31;
-  const float key_mid = ((1 << l.k_bits) - 1) * 0.5f;
+  const int n = l.page_tokens, padded = (count + 31) & ~31;
+  const float key_mid = ((1 << l.k_bits) - 1) * 0.5f, value_mid = float(1 << (l.v_bits - 1));
   if (l.keys_per_channel) {
-    const int used = (count + l.group - 1) / l.group * d;
-    load_scales(run + l.key_scale, used, used, s->key_scale);
-    load_scales(run + l.key_min, used, used, s->key_min);
-    shift_minima(s->key_scale, used, key_mid, s->key_min);
+    const int used = (count + l.group - 1) / l.group * l.head_size;
+    load_affine(run + l.key_scale, run + l.key_min, used, used, key_mid, s->key_scale, s->key_min);
   }
-  for (int g = 0; g < groups; g++) {
-    if (!l.keys_per_channel) {
-      load_scales(run + l.key_scale + 2 * g * n, count, padded, s->key_scale + g * n);
-      load_scales(run + l.key_min + 2 * g * n, count, padded, s->key_min + g * n);
-      shift_minima(s->key_scale + g * n, padded, key_mid, s->key_min + g * n);
-    }
-    load_scales(run + l.value_scale + 2 * g * n, count, padded, s->value_scale + g * n);
-    load_scales(run + l.value_min + 2 * g * n, count, padded, s->value_min + g * n);
-    shift_minima(s->value_scale + g * n, padded, float(1 << (l.v_bits - 1)), s->value_min + g * n);
-  }
-}
-
-// x[c .. c + n) -> integers under `inverse`; the vector sum of the integers is added to *total
-template <int BITS>
-KV_INLINE void round_channels(const float* x, int c, int n, f8 inverse, RoundedQuery* out, i8v* total) {
-  for (int i = c; i < c + n; i += 16) {
-    const i8v a = _mm256_cvtps_epi32(f8_load(x + i) * inverse);
-    const i8v b = _mm256_cvtps_epi32(f8_load(x + i + 8) * inverse);
-    *total = _mm256_add_epi32(*total, _mm256_add_epi32(a, b));
-    store_rounded<BITS>(pack16(a, b), i, out);
+  for (int i = 0; i < l.head_size / l.group * n; i += n) {
+    if (!l.keys_per_channel)
+      load_affine(run + l.key_scale + 2 * i, run + l.key_min + 2 * i, count, padded, key_mid, s->key_scale + i, s->key_min + i);
+    load_affine(run + l.value_scale + 2 * i, run + l.value_min + 2 * i, count, padded, value_mid, s->value_scale + i,
+                s->value_min + i);
   }
 }
 
@@ -73,19 +58,21 @@ static void round_by_channel(const Layout& l, const PageScales& p, const float* 
                              RoundedQuery* out) {
   const int d = l.head_size;
   const float mid = ((1 << BITS) - 1) * 0.5f;
-  alignas(32) float scaled[8][256];
+  alignas(64) float scaled[8][256];
   for (int first = 0; first < groups; first += 8) {
     const int n = min_int(8, groups - first);
     f8 top[8], extra[8], total[8];
     for (int i = 0; i < 8; i++) top[i] = extra[i] = total[i] = f8_zero();
     for (int i = 0; i < n; i++) {
       const float *scale = p.key_scale + (first + i) * d, *low = p.key_min + (first + i) * d;
-      for (int c = 0; c < d; c += 8) {
-        const f8 v = f8_load(q + c), x = v * f8_load(scale + c);
-        f8_store(scaled[i] + c, x);
-        top[i] = f8_max(top[i], f8_abs(x));
-        extra[i] = f8_fma(v, f8_load(low + c), extra[i]);
+      fw most = Wide::set(0.f), rest = Wide::set(0.f);
+      for (int c = 0; c < d; c += FW) {
+        const fw v = Wide::load(q + c), x = v * Wide::load(scale + c);
+        Wide::store(scaled[i] + c, x);
+        most = Wide::max(most, Wide::abs(x));
+        rest = Wide::fma(v, Wide::load(low + c), rest);
       }
+      top[i] = Wide::fold_max(most), extra[i] = Wide::fold_sum(rest);
     }
     const f8 largest = f8_max8(top) + f8_set(1e-30f);
     alignas(32) float inverse[8], unit[8], offset[8];
@@ -94,7 +81,7 @@ static void round_by_channel(const Layout& l, const PageScales& p, const float* 
     for (int i = 0; i < n; i++) {
       i8v sum = _mm256_setzero_si256();
       RoundedQuery* r = out + (first + i) * stride;
-      round_channels<BITS>(scaled[i], 0, d, f8_set(inverse[i]), r, &sum);
+      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], inverse[i], c, r));
       total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
     }
     f8_store(offset, f8_sum8(total));
@@ -114,7 +101,8 @@ static void round_by_token(const Layout& l, const float* q, RoundedQuery* out) {
     i8v sum = _mm256_setzero_si256();
     f8 exact = f8_zero();
     for (int c = g * l.group; c < (g + 1) * l.group; c += 8) exact = exact + f8_load(q + c);
-    round_channels<BITS>(q, g * l.group, l.group, f8_set(round_range<BITS>() / largest), out, &sum);
+    for (int c = g * l.group; c < (g + 1) * l.group; c += 16)
+      sum = _mm256_add_epi32(sum, round16<BITS>(q, round_range<BITS>() / largest, c, out));
     out->sum[g] = f8_sum(exact);
     out->lost[g] = -f8_sum(_mm256_cvtepi32_ps(sum)) * out->unit * mid;
   }
@@ -173,15 +161,6 @@ static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run
   }
 }
 
-// Weights p_t s_t of 32 tokens -> 8 bit unsigned under the given inverse step.
-KV_INLINE void round_weights(const float* w, f8 inverse, uint8_t* out) {
-  __m256i r[4];
-  for (int i = 0; i < 4; i++) r[i] = _mm256_cvtps_epi32(f8_load(w + 8 * i) * inverse);
-  const i8v a = _mm256_packs_epi32(r[0], r[1]), b = _mm256_packs_epi32(r[2], r[3]);
-  const i8v packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  _mm256_store_si256((__m256i*)out, packed);
-}
-
 struct RoundedWeights {  // one query head, one group of channels, one page
   alignas(32) uint8_t w8[MAX_PAGE];
   alignas(32) float unit[MAX_PAGE / 32 + 8];  // value of one step, a span of 32 tokens each
@@ -190,26 +169,29 @@ struct RoundedWeights {  // one query head, one group of channels, one page
 
 static void round_page_weights(const float* score, const float* scale, const float* low, int spans,
                                RoundedWeights* out) {
-  alignas(32) float w[MAX_PAGE];
-  f8 rest = f8_zero();
+  alignas(64) float w[MAX_PAGE];
+  fw rest = Wide::set(0.f);
   for (int s = 0; s < spans; s += 8) {
     f8 top[8];
     for (int i = 0; i < 8; i++) top[i] = f8_zero();
-    for (int i = 0; i < min_int(8, spans - s); i++)
-      for (int t = (s + i) * 32; t < (s + i + 1) * 32; t += 8) {
-        const f8 weight = f8_load(score + t), x = weight * f8_load(scale + t);
-        f8_store(w + t, x);
-        top[i] = f8_max(top[i], x);
-        rest = f8_fma(weight, f8_load(low + t), rest);
+    for (int i = 0; i < min_int(8, spans - s); i++) {
+      fw most = Wide::set(0.f);
+      for (int t = (s + i) * 32; t < (s + i + 1) * 32; t += FW) {
+        const fw weight = Wide::load(score + t), x = weight * Wide::load(scale + t);
+        Wide::store(w + t, x);
+        most = Wide::max(most, x);
+        rest = Wide::fma(weight, Wide::load(low + t), rest);
       }
+      top[i] = Wide::fold_max(most);
+    }
     const f8 largest = f8_max8(top) + f8_set(1e-30f);
     alignas(32) float inverse[8];
     f8_store(inverse, f8_set(255.f) / largest);
     f8_store(out->unit + s, largest * f8_set(1.f / 255.f));
     for (int i = 0; i < min_int(8, spans - s); i++)
-      round_weights(w + (s + i) * 32, f8_set(inverse[i]), out->w8 + (s + i) * 32);
+      round_weights(w + (s + i) * 32, inverse[i], out->w8 + (s + i) * 32);
   }
-  out->offset = f8_sum(rest);
+  out->offset = Wide::sum(rest);
 }
 
 // channels [c, c + 8 OC) of a page, for GC query heads

@@ -32,11 +32,11 @@ struct RoundedQuery {
   float lost[MAX_GROUPS], sum[MAX_GROUPS];  // FlexGen, per group: those mid codes; sum of q_c
 };
 
-KV_INLINE i8v pack16(__m256i a, __m256i b) {  // 16 int32 -> int16, in order
-  return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
-}
-
 #if defined(__AVX512VNNI__)
+// sum += four unsigned bytes of x times four signed ones of y, per lane. Not the intrinsic: GCC
+// copies its first operand before every use, and spills a loop with many sums.
+KV_INLINE void iv_dot(i8v& sum, i8v x, i8v y) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
+
 template <int BITS>
 KV_INLINE float round_range() { return BITS == 4 ? 32512.f : 127.f; }  // 127 x 256
 
@@ -51,6 +51,22 @@ KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
   }
 }
 
+// rounds channels [c, c + 16) of x times `inverse`; returns the integers' sums, pair by pair
+template <int BITS>
+KV_INLINE i8v round16(const float* x, float inverse, int c, RoundedQuery* out) {
+  const __m512i r = _mm512_cvtps_epi32(Wide::load(x + c) * Wide::set(inverse));
+  store_rounded<BITS>(_mm512_cvtsepi32_epi16(r), c, out);
+  return _mm256_add_epi32(_mm512_castsi512_si256(r), _mm512_extracti64x4_epi64(r, 1));
+}
+
+// weights of 32 tokens times `inverse` -> 8 bit unsigned
+KV_INLINE void round_weights(const float* w, float inverse, uint8_t* out) {
+  for (int i = 0; i < 32; i += 16) {
+    const __m512i r = _mm512_cvtps_epi32(Wide::load(w + i) * Wide::set(inverse));
+    _mm_store_si128((__m128i*)(out + i), _mm512_cvtusepi32_epi8(r));
+  }
+}
+
 // int32 dot products of channels [from, to) with NV x 8 tokens, vectors v .. v + NV of the span
 template <int BITS, int GC, int NV>
 KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
@@ -62,10 +78,10 @@ KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const Rou
     for (int o = 0; o < NV; o++) x[o] = iv_codes<BITS>(span + c * BITS * 4, v + o);
     for (int g = 0; g < GC; g++) {
       const i8v q = iv_broadcast4(rq[g].q8 + c);
-      for (int o = 0; o < NV; o++) high[g][o] = _mm256_dpbusd_epi32(high[g][o], x[o], q);
+      for (int o = 0; o < NV; o++) iv_dot(high[g][o], x[o], q);
       if (BITS == 2) continue;
       const i8v low = iv_broadcast4(rq[g].low8 + c);
-      for (int o = 0; o < NV; o++) dot[g][o] = _mm256_dpbusd_epi32(dot[g][o], x[o], low);
+      for (int o = 0; o < NV; o++) iv_dot(dot[g][o], x[o], low);
     }
   }
   for (int g = 0; g < GC; g++)
@@ -87,7 +103,7 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
     for (int o = 0; o < OC; o++) {
       const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * (BITS / 2) * 32;
       const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
-      for (int g = 0; g < GC; g++) dot[g][o] = _mm256_dpbusd_epi32(dot[g][o], w[g], x);
+      for (int g = 0; g < GC; g++) iv_dot(dot[g][o], w[g], x);
     }
   }
 }
@@ -105,6 +121,24 @@ KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
     _mm_store_si128((__m128i*)(out->q8 + c), bytes);
   }
+}
+
+// rounds channels [c, c + 16) of x times `inverse`; returns the integers' sums, pair by pair
+template <int BITS>
+KV_INLINE i8v round16(const float* x, float inverse, int c, RoundedQuery* out) {
+  const i8v a = _mm256_cvtps_epi32(f8_load(x + c) * f8_set(inverse));
+  const i8v b = _mm256_cvtps_epi32(f8_load(x + c + 8) * f8_set(inverse));
+  store_rounded<BITS>(_mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0)), c, out);
+  return _mm256_add_epi32(a, b);
+}
+
+// weights of 32 tokens times `inverse` -> 8 bit unsigned
+KV_INLINE void round_weights(const float* w, float inverse, uint8_t* out) {
+  __m256i r[4];
+  for (int i = 0; i < 4; i++) r[i] = _mm256_cvtps_epi32(f8_load(w + 8 * i) * f8_set(inverse));
+  const i8v a = _mm256_packs_epi32(r[0], r[1]), b = _mm256_packs_epi32(r[2], r[3]);
+  const i8v packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_store_si256((__m256i*)out, packed);
 }
 
 // int32 dot products of channels [from, to) with NV x 8 tokens, vectors v .. v + NV of the span

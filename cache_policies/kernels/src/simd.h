@@ -95,6 +95,7 @@ KV_INLINE f8 f8_load(const float* p) { f8 v; memcpy(&v, p, 32); return v; }
 KV_INLINE void f8_store(float* p, f8 v) { memcpy(p, &v, 32); }
 KV_INLINE f8 f8_fma(f8 a, f8 b, f8 c) { return a * b + c; }
 KV_INLINE f8 f8_max(f8 a, f8 b) { return a > b ? a : b; }
+KV_INLINE f8 f8_abs(f8 a) { return f8_max(a, -a); }
 KV_INLINE float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
   if (exponent == 0) return bits_to_float(sign | float_to_bits(float(mantissa) * 5.9604644775390625e-8f));
@@ -150,6 +151,10 @@ struct Lanes8 {
   KV_INLINE f8 load_f16(const uint16_t* p) { return f8_load_f16(p); }
   KV_INLINE f8 load_bf16(const uint16_t* p) { return f8_load_bf16(p); }
   KV_INLINE f8 load_s8(const int8_t* p) { return f8_load_s8(p); }
+  // sum, and largest, of the halves of a wider vector
+  KV_INLINE f8 fold_sum(f8 a) { return a; }
+  KV_INLINE f8 fold_max(f8 a) { return a; }
+  KV_INLINE f8 abs(f8 a) { return f8_abs(a); }
   // eight items at p; wider vectors take eight more `next` bytes on
   KV_INLINE f8 load2(const float* p, int64_t) { return f8_load(p); }
   KV_INLINE f8 load2_f16(const uint16_t* p, int64_t) { return f8_load_f16(p); }
@@ -173,6 +178,9 @@ struct Lanes16 {
   }
   KV_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   KV_INLINE float hmax(Vec v) { return _mm512_reduce_max_ps(v); }
+  KV_INLINE f8 fold_sum(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  KV_INLINE f8 fold_max(Vec v) { return _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  KV_INLINE Vec abs(Vec v) { return _mm512_abs_ps(v); }
   KV_INLINE Vec load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   KV_INLINE Vec load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
   KV_INLINE Vec load_s8(const int8_t* p) {
