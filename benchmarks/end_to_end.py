@@ -5,7 +5,7 @@ Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] 
 
 Every engine runs in a process of its own with the same threads and flags, without a server
 (whose processes would share the cores), eager unless told to compile (which takes minutes and
-leaves attention alone). Prompts of about 5500 tokens have nothing in common, or ``shared`` of their
+leaves attention alone). Prompts of about 6000 tokens have nothing in common, or ``shared`` of their
 words at the start: prefill is then shorter, and what streams have in common is read from memory
 once. Prints seconds to the first token of a lone prompt, and output tokens/s while all streams
 decode.
@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": str(os.cpu_count()),
 }
 MARK = "result: "
-WORDS = 4850  # of a prompt
+WORDS = 5300  # of a prompt
 
 
 def text(words: int, seed: int) -> str:
