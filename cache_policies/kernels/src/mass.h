@@ -56,7 +56,7 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
     const int causal_from = t.part == Part::fresh ? q - t.first : int(SEES_ALL);
     if (causal_from + queries <= 0) continue;
     load_queries(c, Task{t.seq, t.head, q, queries, 0, 0, false, -1}, x->query);
-    matmul<false>(queries * group, padded, d, x->query, d, x->tile.key, TILE, x->score, TILE);
+    matmul<Float32, false>(queries * group, padded, d, x->query, d, x->tile.key, TILE, x->score, TILE);
     for (int r = 0; r < queries * group; r++) {
       const int visible = min_int(t.count, causal_from + r / group + 1);
       const int64_t row = (z.offset[t.seq] + q - first + r / group) * c.num_heads + t.head * group + r % group;
