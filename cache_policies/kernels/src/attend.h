@@ -12,7 +12,7 @@ struct Task {
 struct Scratch {
   Tile tile;
 #if defined(__AVX512BF16__)
-  TileBf16 half;
+  TileBf16 bf16;
 #endif
   alignas(64) float query[MAX_ROWS * 256], out[MAX_ROWS * 256], score[MAX_ROWS * TILE];
   float top[MAX_ROWS], sum[MAX_ROWS];
@@ -51,17 +51,17 @@ static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int ca
 }
 
 #if defined(__AVX512BF16__)
-static bool half_precision(const Call& c, const Task& t) {
+static bool uses_bf16(const Call& c, const Task& t) {
   return t.queries > 1 && c.rounding && c.layout.k_bits < 8 && c.layout.v_bits < 8;
 }
 
-static void attend_half(const Call& c, const Task& t, const uint8_t* run, int first, int n, Scratch* x, Softmax* s) {
-  bf16_tile_from_codes(c.layout, run, first, n, &x->half);
-  bf16_attend_tile(&x->half, n, t.queries * heads_per_query(c), c.layout.head_size, s, x->score);
+static void attend_bf16(const Call& c, const Task& t, const uint8_t* run, int first, int n, Scratch* x, Softmax* s) {
+  bf16_tile_from_codes(c.layout, run, first, n, &x->bf16);
+  bf16_attend_tile(&x->bf16, n, t.queries * heads_per_query(c), c.layout.head_size, s, x->score);
 }
 #else
-static bool half_precision(const Call&, const Task&) { return false; }
-static void attend_half(const Call&, const Task&, const uint8_t*, int, int, Scratch*, Softmax*) {}
+static bool uses_bf16(const Call&, const Task&) { return false; }
+static void attend_bf16(const Call&, const Task&, const uint8_t*, int, int, Scratch*, Softmax*) {}
 #endif
 
 // fetch: the run that will be read next
@@ -75,8 +75,8 @@ static void attend_page(const Call& c, const Task& t, const uint8_t* run, int co
   }
   for (int first = 0; first < count; first += TILE) {
     const int n = min_int(TILE, count - first);
-    if (l.kind == Kind::affine && half_precision(c, t)) {
-      attend_half(c, t, run, first, n, x, s);
+    if (l.kind == Kind::affine && uses_bf16(c, t)) {
+      attend_bf16(c, t, run, first, n, x, s);
     } else if (l.kind == Kind::affine) {
       tile_keys_from_codes(l, run, first, n, &x->tile);
       tile_values_from_codes(l, run, first, n, &x->tile);
@@ -130,7 +130,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
   Softmax s = {x->top, x->sum, x->out};
   load_queries(c, t, x->query);
 #if defined(__AVX512BF16__)
-  if (half_precision(c, t)) bf16_rows(x->query, rows * d, x->half.query);
+  if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
 #endif
   softmax_begin(&s, rows, d);
   for (int i = t.page_from; i < t.page_to; i++) {
