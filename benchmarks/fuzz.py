@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from loadtest.process import running_server
+from loadtest.commands.process import running_server
 
 MODEL = "smollm2-135m"
 FLAGS = [

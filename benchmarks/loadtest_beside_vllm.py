@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from loadtest.process import running_server
-from loadtest.tokens import LocalTokenizer
+from loadtest.commands.process import running_server
+from loadtest.workloads.tokens import LocalTokenizer
 from loadtest.workloads import parse_workload
 from server.models import get_model
 

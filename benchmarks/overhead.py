@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from loadtest.process import ENVIRONMENT, running_server
+from loadtest.commands.process import ENVIRONMENT, running_server
 from server.models import get_model
 
 if TYPE_CHECKING:

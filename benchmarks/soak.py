@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import psutil
 
-from loadtest.process import running_server
+from loadtest.commands.process import running_server
 from loadtest.workloads.haystack import ESSAY
 
 MODEL = "smollm2-135m"

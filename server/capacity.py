@@ -6,16 +6,16 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cache_policies.layers import is_edge, layouts
-from cache_policies.plan import Plan
-from cache_policies.request import Engine, span_of
+from cache_policies.policy.layers import is_edge, layouts
+from cache_policies.pages.plan import Plan
+from cache_policies.step.request import Engine, span_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from cache_policies.policy import Policy
+    from cache_policies.policy.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cache_policies.errors import PolicyError
-from loadtest import cli as loadtest_cli
+from loadtest.commands import cli as loadtest_cli
 from loadtest.errors import LoadTestError
 from server.models import MODELS, ModelError, get_model, model_path
 
@@ -80,9 +80,9 @@ def policies(
 ) -> None:
     """List the policies: what each keeps and loses, its size and capacity."""
     # These import torch, which the other commands need not wait for.
-    from cache_policies.codecs import CODECS
+    from cache_policies.pages.codecs import CODECS
     from cache_policies.parameters import parameters
-    from cache_policies.policy import parse
+    from cache_policies.policy.policy import parse
     from server.capacity import capacity
 
     shape = _shape(model, dtype)

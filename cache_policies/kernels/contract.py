@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from cache_policies.page import PageLayout
-    from cache_policies.plan import Plan
+    from cache_policies.pages.layout import PageLayout
+    from cache_policies.pages.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.codecs.affine import AffineCodec
-from cache_policies.codecs.int8 import Int8
-from cache_policies.codecs.plain import Raw
+from cache_policies.pages.codecs.affine import AffineCodec
+from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.plain import Raw
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
-    from cache_policies.page import PageLayout
+    from cache_policies.pages.layout import PageLayout
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PLAIN, _INT8, _AFFINE = range(3)

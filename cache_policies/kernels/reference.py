@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.codecs.packing import to_half
-from cache_policies.plan import Plan
+from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
-    from cache_policies.page import PageLayout
+    from cache_policies.pages.layout import PageLayout
 
 
 class ReferenceKernel:

@@ -2,7 +2,7 @@
 
 A method says how important every token is (``score``) and how many are kept; this module
 protects sinks and the recent window by a mask and takes the best of the others, per KV head.
-What it costs and when it runs is decided by the plan (``cache_policies.plan.Span``).
+What it costs and when it runs is decided by the plan (``cache_policies.pages.plan.Span``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cache_policies.parameters import Value, parameters, shown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cache_policies.rope import Rope
+    from cache_policies.retention.rope import Rope
 
 FULL, BOUNDED = "full", "bounded"
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import Method, Policy, parse, parse_method
-from cache_policies.rope import Rope
+from cache_policies.policy.policy import Method, Policy, parse, parse_method
+from cache_policies.retention.rope import Rope
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,7 +1,7 @@
 """The scheduler's side: which pages a request owns.
 
 The row of a request is its ring pages followed by its store pages (see
-``cache_policies.plan``). Only the store part is indexed by position, so only it takes part
+``cache_policies.pages.plan``). Only the store part is indexed by position, so only it takes part
 in prefix caching. Pages in front of what a request kept are given back one step after the
 workers left them, with their hashes: they stay hits until they are reused.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from cache_policies.request import Engine, published_tokens, span_of
+from cache_policies.step.request import Engine, published_tokens, span_of
 from cache_policies.vllm_plugin.config import method_of
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from cache_policies.plan import Span
-    from cache_policies.policy import Method
+    from cache_policies.pages.plan import Span
+    from cache_policies.policy.policy import Method
     from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 

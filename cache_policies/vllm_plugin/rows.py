@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cache_policies.request import Engine, RequestState, span_of
+from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.vllm_plugin.config import method_of, settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from cache_policies.plan import Plan
+    from cache_policies.pages.plan import Plan
 
 # References to a list that only ``Rows.away`` holds: its tuple, the loop's variable and the
 # argument of getrefcount.

@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
-from cache_policies.request import readable_tokens
+from cache_policies.step.request import readable_tokens
 from cache_policies.vllm_plugin.config import refuse_method
 from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
 from cache_policies.vllm_plugin.manager import RingStoreManager

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from loadtest.process import free_port
+from loadtest.commands.process import free_port
 from tests.deploy.test_grafana import ELSEWHERE, missing, queries, rules
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import matplotlib as mpl
 
-from loadtest import display
+from loadtest.commands import display
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.report.data import Run, read_runs
 from loadtest.report.plots import PLOTS, colours

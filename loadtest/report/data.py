@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
-from loadtest.records import read_records
-from loadtest.resume import REQUESTS
-from loadtest.scrape import read_samples
-from loadtest.session import METRICS_CSV, SUMMARY
-from loadtest.summary import Summary
+from loadtest.sending.records import read_records
+from loadtest.commands.resume import REQUESTS
+from loadtest.measuring.scrape import read_samples
+from loadtest.commands.session import METRICS_CSV, SUMMARY
+from loadtest.measuring.summary import Summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loadtest.records import Record
-    from loadtest.scrape import Sample
+    from loadtest.sending.records import Record
+    from loadtest.measuring.scrape import Sample
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ mpl.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from loadtest import scrape
+from loadtest.measuring import scrape
 from loadtest.report.data import one_per_label
-from loadtest.server_side import series
+from loadtest.measuring.server_side import series
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

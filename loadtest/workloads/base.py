@@ -13,7 +13,7 @@ from loadtest.spec import Spec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

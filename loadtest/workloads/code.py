@@ -15,7 +15,7 @@ from loadtest.workloads.base import Item, Workload
 from loadtest.workloads.longbench import DATA_SETS
 
 if TYPE_CHECKING:
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 
 class Code(Workload):

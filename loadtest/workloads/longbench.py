@@ -21,7 +21,7 @@ from loadtest.workloads.jsonl import read_jsonl
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 HUB = "hf://datasets/zai-org/LongBench/data.zip"
 UNLIMITED = 2**31

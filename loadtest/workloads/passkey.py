@@ -16,7 +16,7 @@ from loadtest.workloads.base import Item, Workload
 from loadtest.workloads.text import fill, sentences
 
 if TYPE_CHECKING:
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 INSTRUCTION = (

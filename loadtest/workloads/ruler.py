@@ -17,7 +17,7 @@ from loadtest.workloads.text import fill, sentences
 from loadtest.workloads.words import ADJECTIVES, NOUNS, WORDS
 
 if TYPE_CHECKING:
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 Task = Literal["multikey", "multivalue", "multiquery", "vt", "cwe"]
 TASKS: tuple[Task, ...] = ("multikey", "multivalue", "multiquery", "vt", "cwe")

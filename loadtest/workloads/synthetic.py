@@ -16,7 +16,7 @@ from loadtest.workloads.text import fill_exactly, sentences
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 _LENGTHS = re.compile(r"(fixed|uniform|normal|lognormal):(\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?")
 

@@ -12,7 +12,7 @@ from loadtest.errors import LoadTestError
 from loadtest.workloads.haystack import ESSAY, NOISE
 
 if TYPE_CHECKING:
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 

@@ -19,7 +19,7 @@ from loadtest.workloads.jsonl import read_jsonl
 from loadtest.workloads.text import fill_exactly, sentences
 
 if TYPE_CHECKING:
-    from loadtest.tokens import Tokenizer
+    from loadtest.workloads.tokens import Tokenizer
 
 BLOCK_TOKENS = 512
 

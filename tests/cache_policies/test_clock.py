@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cache_policies.clock import Clock
+from cache_policies.step.clock import Clock
 
 
 def test_laps_are_added_by_part_and_taken_once() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from loadtest.process import Server, running_server
+from loadtest.commands.process import Server, running_server
 from tests.engine.programs import MARK
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import openai
 import psutil
 import pytest
 
-from cache_policies.clock import PARTS
-from loadtest.process import running_server
+from cache_policies.step.clock import PARTS
+from loadtest.commands.process import running_server
 from tests.deploy.test_grafana import missing
 from tests.engine.conftest import FLAGS, long_answer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loadtest.process import Server
+    from loadtest.commands.process import Server
 
 pytestmark = pytest.mark.engine
 MODEL = "smollm2-135m"

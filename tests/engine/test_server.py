@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from loadtest.process import Server, ServerError, running_server
+from loadtest.commands.process import Server, ServerError, running_server
 from tests.engine.conftest import FLAGS, long_answer
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
-from cache_policies.layers import layouts
-from cache_policies.plan import Plan
-from cache_policies.policy import parse
+from cache_policies.policy.layers import layouts
+from cache_policies.pages.plan import Plan
+from cache_policies.policy.policy import parse
 
 if TYPE_CHECKING:
-    from cache_policies.page import PageLayout
+    from cache_policies.pages.layout import PageLayout
 
 # Largest allowed difference of outputs of order 1, by model dtype. float32: summation order,
 # and the rounding of integer dot products (see docs/benchmarks.md); the others: half a unit

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.codecs import CODECS
+from cache_policies.pages.codecs import CODECS
 from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel

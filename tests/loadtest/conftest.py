@@ -15,7 +15,7 @@ from unittest import mock as mock_module
 import httpx
 import pytest
 
-from loadtest.process import free_port
+from loadtest.commands.process import free_port
 from server import cli
 
 MockServer = Callable[..., str]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest.client import Client, Target, new_record
-from loadtest.records import Record, read_records
+from loadtest.sending.client import Client, Target, new_record
+from loadtest.sending.records import Record, read_records
 from loadtest.workloads import Item
 from tests.loadtest.test_command import summary
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest.arrivals import Schedule, parse_arrivals
+from loadtest.sending.arrivals import Schedule, parse_arrivals
 from loadtest.errors import LoadTestError
 
 MANY = [None] * 4000

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.client import Client, Target, new_record
+from loadtest.sending.client import Client, Target, new_record
 from loadtest.errors import LoadTestError
-from loadtest.records import Record, RecordFile, read_records
-from loadtest.tokens import ServerTokenizer
+from loadtest.sending.records import Record, RecordFile, read_records
+from loadtest.workloads.tokens import ServerTokenizer
 from loadtest.workloads import Item
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}

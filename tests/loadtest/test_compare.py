@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from loadtest import compare
-from loadtest.arrivals import parse_arrivals
-from loadtest.compare import Comparison, Variant
+from loadtest.commands import compare
+from loadtest.sending.arrivals import parse_arrivals
+from loadtest.commands.compare import Comparison, Variant
 from loadtest.errors import LoadTestError
-from loadtest.session import Settings
+from loadtest.commands.session import Settings
 from loadtest.workloads import parse_workload
 
 if TYPE_CHECKING:

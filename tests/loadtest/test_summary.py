@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from loadtest.errors import LoadTestError
-from loadtest.estimates import distribution, mean
-from loadtest.goodput import Goals, highest_rate
-from loadtest.records import Record, RecordFile, read_records
-from loadtest.scrape import (
+from loadtest.measuring.estimates import distribution, mean
+from loadtest.measuring.goodput import Goals, highest_rate
+from loadtest.sending.records import Record, RecordFile, read_records
+from loadtest.measuring.scrape import (
     CACHE_CONFIG,
     KV_USE,
     PREEMPTIONS,
@@ -21,8 +21,8 @@ from loadtest.scrape import (
     total,
     write_samples,
 )
-from loadtest.server_side import check_counters, series, server_side
-from loadtest.summary import Setup, summarize
+from loadtest.measuring.server_side import check_counters, series, server_side
+from loadtest.measuring.summary import Setup, summarize
 
 if TYPE_CHECKING:
     from pathlib import Path

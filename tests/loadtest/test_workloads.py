@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.errors import LoadTestError
-from loadtest.tokens import ApproximateTokenizer, middle
+from loadtest.workloads.tokens import ApproximateTokenizer, middle
 from loadtest.workloads import Item, hash_items, parse_workload
 from loadtest.workloads.longbench import DATA_SETS, hub_rows
 from loadtest.workloads.passkey import NEEDLE

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from loadtest.errors import NO_SERVER, LoadTestError
-from loadtest.records import Record
+from loadtest.sending.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

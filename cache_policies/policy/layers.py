@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from cache_policies.codecs import CODECS
+from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.page import PageLayout
+from cache_policies.pages.layout import PageLayout
 
 if TYPE_CHECKING:
     import torch
 
-    from cache_policies.codecs.base import Codec
-    from cache_policies.policy import Policy
+    from cache_policies.pages.codecs.base import Codec
+    from cache_policies.policy.policy import Policy
 
 
 @dataclass(frozen=True)

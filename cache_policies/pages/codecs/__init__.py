@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cache_policies.codecs.flexgen import FlexGen
-from cache_policies.codecs.int8 import Int8
-from cache_policies.codecs.kivi import Kivi
-from cache_policies.codecs.plain import Bf16, Fp16, Raw
+from cache_policies.pages.codecs.flexgen import FlexGen
+from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.kivi import Kivi
+from cache_policies.pages.codecs.plain import Bf16, Fp16, Raw
 
 if TYPE_CHECKING:
-    from cache_policies.codecs.base import Codec
+    from cache_policies.pages.codecs.base import Codec
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import parse
-from loadtest.cli import finish, run_once, safe_name
-from loadtest.client import find_target
+from cache_policies.policy.policy import parse
+from loadtest.commands.cli import finish, run_once, safe_name
+from loadtest.sending.client import find_target
 from loadtest.errors import SOME_FAILED, LoadTestError
-from loadtest.process import ServerError, running_server
-from loadtest.session import SUMMARY, Settings, complete
-from loadtest.summary import Summary
+from loadtest.commands.process import ServerError, running_server
+from loadtest.commands.session import SUMMARY, Settings, complete
+from loadtest.measuring.summary import Summary
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loadtest.arrivals import Arrivals
-    from loadtest.process import Server
+    from loadtest.sending.arrivals import Arrivals
+    from loadtest.commands.process import Server
 
 console = Console()
 STOCK = "stock vLLM"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cache_policies.codecs import packing
-from cache_policies.codecs.base import Codec, Views
-from cache_policies.page import Field
+from cache_policies.pages.codecs import packing
+from cache_policies.pages.codecs.base import Codec, Views
+from cache_policies.pages.layout import Field
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from loadtest.arrivals import Schedule
-from loadtest.client import Client, Target, new_record
+from loadtest.sending.arrivals import Schedule
+from loadtest.sending.client import Client, Target, new_record
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.quality import METRICS, score
-from loadtest.records import OK, Record, RecordFile, write_records
-from loadtest.resume import REQUESTS, begin
-from loadtest.runner import Runner
-from loadtest.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
-from loadtest.server_side import check_counters
-from loadtest.summary import Setup, Summary, summarize
-from loadtest.tokens import ApproximateTokenizer, LocalTokenizer, ServerTokenizer, Tokenizer
+from loadtest.sending.records import OK, Record, RecordFile, write_records
+from loadtest.commands.resume import REQUESTS, begin
+from loadtest.sending.runner import Runner
+from loadtest.measuring.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
+from loadtest.measuring.server_side import check_counters
+from loadtest.measuring.summary import Setup, Summary, summarize
+from loadtest.workloads.tokens import ApproximateTokenizer, LocalTokenizer, ServerTokenizer, Tokenizer
 from loadtest.workloads import Item, Workload, hash_items
 from loadtest.workloads.text import fill, sentences
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from loadtest.arrivals import Arrivals
-    from loadtest.goodput import Goals
-    from loadtest.runner import Progress
-    from loadtest.scrape import Sample
+    from loadtest.sending.arrivals import Arrivals
+    from loadtest.measuring.goodput import Goals
+    from loadtest.sending.runner import Progress
+    from loadtest.measuring.scrape import Sample
 
 METRICS_CSV, SUMMARY = "metrics.csv", "summary.json"
 WARMUP_TOKENS = 256

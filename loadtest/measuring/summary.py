@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from loadtest.estimates import Distribution, Estimate, distribution, mean
-from loadtest.records import OK
-from loadtest.server_side import Check, ServerSide, server_side
+from loadtest.measuring.estimates import Distribution, Estimate, distribution, mean
+from loadtest.sending.records import OK
+from loadtest.measuring.server_side import Check, ServerSide, server_side
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loadtest.goodput import Goals
-    from loadtest.records import Record
-    from loadtest.scrape import Sample
+    from loadtest.measuring.goodput import Goals
+    from loadtest.sending.records import Record
+    from loadtest.measuring.scrape import Sample
 
 UNAVERAGED = "not averaged"
 

@@ -11,7 +11,7 @@ from loadtest.errors import LoadTestError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loadtest.records import Record
+    from loadtest.sending.records import Record
 
 _GOAL = re.compile(r"\s*(ttft|tpot|e2e)\s*:\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*")
 

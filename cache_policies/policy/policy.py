@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from cache_policies.codecs import CODECS
+from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.layers import EdgeLayers
+from cache_policies.policy.layers import EdgeLayers
 from cache_policies.parameters import parameters, read_arguments, shown
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
 
 if TYPE_CHECKING:
-    from cache_policies.codecs.base import Codec
+    from cache_policies.pages.codecs.base import Codec
     from cache_policies.retention.base import Retention
     from cache_policies.retrieval.base import Retrieval
 

@@ -8,16 +8,16 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loadtest.client import new_record
+from loadtest.sending.client import new_record
 from loadtest.errors import INTERRUPTED, TOO_MANY_ERRORS, LoadTestError
-from loadtest.records import CANCELLED, ERROR, Record
+from loadtest.sending.records import CANCELLED, ERROR, Record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-    from loadtest.arrivals import Schedule
-    from loadtest.client import Client
-    from loadtest.records import RecordFile
+    from loadtest.sending.arrivals import Schedule
+    from loadtest.sending.client import Client
+    from loadtest.sending.records import RecordFile
     from loadtest.workloads import Item
 
 FEWEST = 10  # finished requests before an error rate means something

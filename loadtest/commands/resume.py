@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
-from loadtest.records import OK, Record, read_records, write_records
-from loadtest.summary import Setup
+from loadtest.sending.records import OK, Record, read_records, write_records
+from loadtest.measuring.summary import Setup
 
 if TYPE_CHECKING:
     from pathlib import Path

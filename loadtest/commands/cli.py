@@ -16,21 +16,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from loadtest import display
-from loadtest.arrivals import ARRIVALS, parse_arrivals
-from loadtest.client import ENDPOINTS, Target, find_target, wait_for_server
+from loadtest.commands import display
+from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
+from loadtest.sending.client import ENDPOINTS, Target, find_target, wait_for_server
 from loadtest.errors import CANNOT_WRITE, TOO_MANY_ERRORS, LoadTestError
-from loadtest.exporter import Exporter, exporter
-from loadtest.goodput import Goals, highest_rate
-from loadtest.scrape import USUAL
-from loadtest.session import Settings, build_items, measure
+from loadtest.commands.exporter import Exporter, exporter
+from loadtest.measuring.goodput import Goals, highest_rate
+from loadtest.measuring.scrape import USUAL
+from loadtest.commands.session import Settings, build_items, measure
 from loadtest.workloads import WORKLOADS, parse_workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loadtest.arrivals import Arrivals
-    from loadtest.summary import Summary
+    from loadtest.sending.arrivals import Arrivals
+    from loadtest.measuring.summary import Summary
 
     RunOnce = Callable[[Settings, Target, Path], tuple[Summary, int]]
 
@@ -295,7 +295,7 @@ def compare(
     Policies that differ only in their method share a server. Further options go to the server
     (--max-model-len 4096 ...). Runs that are already whole in --out are kept.
     """
-    from loadtest.compare import Comparison, run_comparison
+    from loadtest.commands.compare import Comparison, run_comparison
 
     comparison = Comparison.of(
         model=model,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from cache_policies.page import PageLayout
+    from cache_policies.pages.layout import PageLayout
 
     Count = TypeVar("Count", int, npt.NDArray[np.int32])
 else:

@@ -21,7 +21,7 @@ import torch
 from cache_policies.errors import PolicyError
 
 if TYPE_CHECKING:
-    from cache_policies.codecs.base import Codec
+    from cache_policies.pages.codecs.base import Codec
 
 ALIGNMENT = 64  # bytes; a cache line, so no field of one head shares a line with the next
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from loadtest import scrape
-from loadtest.records import OK
+from loadtest.measuring import scrape
+from loadtest.sending.records import OK
 
 if TYPE_CHECKING:
-    from loadtest.records import Record
-    from loadtest.scrape import Sample
+    from loadtest.sending.records import Record
+    from loadtest.measuring.scrape import Sample
 
 
 class ServerSide(BaseModel):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from loadtest.runner import Progress as State
-    from loadtest.summary import Summary
+    from loadtest.sending.runner import Progress as State
+    from loadtest.measuring.summary import Summary
 
 
 @contextmanager
