@@ -23,7 +23,7 @@ from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.pages.layout import PageLayout
 from cache_policies.pages.plan import Plan
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 from loadtest.commands.process import running_server
-from loadtest.workloads.tokens import LocalTokenizer
 from loadtest.workloads import parse_workload
+from loadtest.workloads.tokens import LocalTokenizer
 from server.models import get_model
 
 MODEL = "smollm2-135m"

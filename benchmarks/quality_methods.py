@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.end_to_end import ENVIRONMENT
 from loadtest.quality import score
 from loadtest.quality.metrics import partial_key
-from loadtest.workloads.tokens import LocalTokenizer
 from loadtest.workloads import Item, parse_workload
+from loadtest.workloads.tokens import LocalTokenizer
 from server.models import get_model
 
 if TYPE_CHECKING:

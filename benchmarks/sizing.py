@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
 from server.capacity import ModelShape, capacity
 
 POLICIES = ("fp16", "kivi-4bit", "kivi-2bit", "snapkv(budget=1024)+kivi-4bit")

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cache_policies.policy.layers import is_edge, layouts
 from cache_policies.pages.plan import Plan
+from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.request import Engine, span_of
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from cache_policies.policy.policy import Policy
+    from cache_policies.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def policies(
     # These import torch, which the other commands need not wait for.
     from cache_policies.pages.codecs import CODECS
     from cache_policies.parameters import parameters
-    from cache_policies.policy.policy import parse
+    from cache_policies.policy import parse
     from server.capacity import capacity
 
     shape = _shape(model, dtype)

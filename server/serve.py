@@ -13,7 +13,7 @@ import torch
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import KERNELS, kernel_class
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
 from server.api.plugin import MAX_BODY, engine_died
 from server.api.state import parse_aliases

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cache_policies.errors import PolicyError
+from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
 from cache_policies.pages.codecs.plain import Raw
-from cache_policies.errors import PolicyError
-from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape

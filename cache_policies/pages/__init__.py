@@ -1,0 +1,1 @@
+"""How tokens lie in pages: fields, layouts, codecs, and the plan of a request's pages."""

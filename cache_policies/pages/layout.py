@@ -1,4 +1,4 @@
-"""Fields of a page, declared once; sizes, offsets and views derive from the declaration.
+"""Where the fields of a page lie: sizes, offsets and views derive from the codec's declaration.
 
 A *page* is one vLLM block of one layer. vLLM sees opaque bytes; here every KV head
 owns a contiguous run of ``head_bytes`` bytes in it::
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,29 +21,9 @@ from cache_policies.errors import PolicyError
 
 if TYPE_CHECKING:
     from cache_policies.pages.codecs.base import Codec
+    from cache_policies.pages.field import Field
 
 ALIGNMENT = 64  # bytes; a cache line, so no field of one head shares a line with the next
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array inside a page, per KV head.
-
-    Attributes:
-        name: e.g. ``key`` or ``value_scale``.
-        dtype: element type.
-        shape: shape for one KV head, without the head axis.
-
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in bytes for one KV head."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,15 @@
-"""Bits by layer: the first and last layers of a model under a codec of their own.
-
-All layers of a request share one row of vLLM's block table, hence one plan: the same ring and the
-same number of tokens absorbed at once. Pages of different layers may differ in bytes.
-"""
+"""Bits by layer: the first and last layers of a model under a codec of their own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.pages.layout import PageLayout
+from cache_policies.pages.codecs import CODECS
 
 if TYPE_CHECKING:
-    import torch
-
     from cache_policies.pages.codecs.base import Codec
-    from cache_policies.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -64,31 +55,3 @@ class EdgeLayers:
                 "layers; give their codec as the policy's"
             )
         return layer < self.first or layer >= layers - self.last
-
-
-def is_edge(policy: Policy, layer: int, layers: int) -> bool:
-    """Whether a layer has the codec of the term ``layers``.
-
-    Raises:
-        PolicyError: all layers have.
-
-    """
-    return policy.edges is not None and policy.edges.has(layer, layers)
-
-
-@lru_cache(maxsize=256)
-def layouts(
-    policy: Policy, head_size: int, page_tokens: int, model_dtype: torch.dtype
-) -> tuple[PageLayout, PageLayout]:
-    """Page layouts of the inner and of the edge layers; they have the same plan.
-
-    Raises:
-        PolicyError: a codec cannot store this shape.
-
-    """
-    codecs = (policy.codec, policy.edges.built if policy.edges else policy.codec)
-    residual = max(codec.residual for codec in codecs)
-    own = [PageLayout(codec, head_size, page_tokens, model_dtype, residual) for codec in codecs]
-    ring = max(layout.ring_pages for layout in own)
-    inner, edge = (replace(layout, least_ring_pages=ring) for layout in own)
-    return inner, edge

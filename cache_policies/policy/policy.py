@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.policy.layers import EdgeLayers
+from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters, read_arguments, shown
+from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cache_policies.step.clock import Clock
 from cache_policies.retention.base import Seen
+from cache_policies.step.clock import Clock
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Kernel
     from cache_policies.pages.layout import PageLayout
-    from cache_policies.step.request import LayerState, RequestState
     from cache_policies.retention.base import Retention
     from cache_policies.retention.rope import Rope
+    from cache_policies.step.request import LayerState, RequestState
 
 
 class Tokens(NamedTuple):

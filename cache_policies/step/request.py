@@ -15,7 +15,7 @@ import torch
 from cache_policies.pages.plan import Plan, Span
 
 if TYPE_CHECKING:
-    from cache_policies.policy.policy import Method
+    from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
 
 MASS_STEP = 256  # places by which the buffer of a layer's mass grows

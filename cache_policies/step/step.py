@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.step.cut import Cut
 from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.retention.base import QueryStatistics
+from cache_policies.step.cut import Cut
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from cache_policies.step.cut import Layer, Tokens
     from cache_policies.pages.plan import Plan
-    from cache_policies.step.request import RequestState
     from cache_policies.retention import Retention
     from cache_policies.retrieval import Retrieval
+    from cache_policies.step.cut import Layer, Tokens
+    from cache_policies.step.request import RequestState
 
 
 @dataclass

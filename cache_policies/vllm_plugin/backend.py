@@ -24,12 +24,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from cache_policies.step.clock import Clock
-from cache_policies.step.cut import Layer, Tokens
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Batch, Shape
-from cache_policies.policy.layers import is_edge, layouts
+from cache_policies.policy.layouts import is_edge, layouts
+from cache_policies.step.clock import Clock
+from cache_policies.step.cut import Layer, Tokens
 from cache_policies.step.step import Step
 from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer

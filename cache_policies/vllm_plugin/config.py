@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy.policy import Method, Policy, parse, parse_method
+from cache_policies.policy import Method, Policy, parse, parse_method
 from cache_policies.retention.rope import Rope
 
 if TYPE_CHECKING:

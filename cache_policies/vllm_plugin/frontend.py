@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy.policy import parse_method
+from cache_policies.policy import parse_method
 from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_method, settings
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ workers left them, with their hashes: they stay hits until they are reused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
@@ -16,17 +16,30 @@ from cache_policies.step.request import Engine, published_tokens, span_of
 from cache_policies.vllm_plugin.config import method_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from cache_policies.pages.plan import Span
-    from cache_policies.policy.policy import Method
-    from cache_policies.vllm_plugin.spec import RingStoreSpec
+    from cache_policies.pages.plan import Plan, Span
+    from cache_policies.policy import Method, Policy
 
 
 MAX_SPANS = 4096  # remembered; they are cheap to make again
+
+
+class PageSpec(Protocol):
+    """What the manager asks of ``RingStoreSpec``, which names the manager."""
+
+    num_kv_heads: int
+    head_size: int
+    layers: int
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def policy_in_force(self) -> Policy: ...
+    def page_bytes_of(self, layers: Iterable[int]) -> int: ...
 
 
 class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
@@ -34,7 +47,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
 
     supports_fine_grained_hash_lookup = False
 
-    def __init__(self, kv_cache_spec: RingStoreSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: PageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plan, self.layers = kv_cache_spec.plan, kv_cache_spec.layers
         policy = kv_cache_spec.policy_in_force

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.request import Request
 
+    from cache_policies.policy import Method
     from cache_policies.step.clock import Clock
-    from cache_policies.policy.policy import Method
     from cache_policies.vllm_plugin.facts import KVCacheFacts
     from cache_policies.vllm_plugin.manager import RingStoreManager
 

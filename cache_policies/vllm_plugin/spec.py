@@ -9,9 +9,9 @@ import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from cache_policies.policy.layers import is_edge, layouts
 from cache_policies.pages.plan import Plan
-from cache_policies.policy.policy import Policy, parse
+from cache_policies.policy import Policy, parse
+from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.vllm_plugin.config import SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 

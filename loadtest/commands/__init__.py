@@ -1,0 +1,1 @@
+"""The commands ``kvthrift loadtest``, ``compare`` and ``report``."""

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
-import secrets
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from loadtest.commands import display
+from loadtest.commands.exporter import Exporter, exporter
+from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.search import search as search_rate
+from loadtest.commands.session import Settings
+from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.measuring.goodput import Goals
+from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
 from loadtest.sending.client import ENDPOINTS, Target, find_target, wait_for_server
-from loadtest.errors import CANNOT_WRITE, TOO_MANY_ERRORS, LoadTestError
-from loadtest.commands.exporter import Exporter, exporter
-from loadtest.measuring.goodput import Goals, highest_rate
-from loadtest.measuring.scrape import USUAL
-from loadtest.commands.session import Settings, build_items, measure
 from loadtest.workloads import WORKLOADS, parse_workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from loadtest.sending.arrivals import Arrivals
     from loadtest.measuring.summary import Summary
-
-    RunOnce = Callable[[Settings, Target, Path], tuple[Summary, int]]
-
-console = Console()
+    from loadtest.sending.arrivals import Arrivals
 
 WorkloadText = Annotated[
     str,
@@ -157,7 +148,7 @@ def loadtest(
             if len(arrivals) > 1:
                 raise LoadTestError("--search takes one --arrivals, whose rate it changes")
             run = partial(run_once, warm_cache=warm_cache, export=export)
-            _search(settings, target, search, attainment, out, run)
+            search_rate(settings, target, search, attainment, out, run)
             return
         loads = [parse_arrivals(text) for text in arrivals]
         status = _loads(settings, target, loads, out, warm_cache=warm_cache, export=export)
@@ -189,87 +180,6 @@ def _loads(
             break
     finish(folders, out, done)
     return status
-
-
-def run_once(
-    settings: Settings,
-    target: Target,
-    folder: Path,
-    *,
-    warm_cache: bool = False,
-    export: Exporter | None = None,
-) -> tuple[Summary, int]:
-    """Measure once, with a live line, into a folder."""
-    salt = None if warm_cache else secrets.token_hex(8)
-    with console.status("making prompts"):
-        items = build_items(settings, target)
-    with display.live(console, settings.label) as watch:
-        shown = export.beside(settings, watch) if export else watch
-        try:
-            one = replace(settings, watch=shown, salt=salt)
-            return asyncio.run(measure(one, target, items, folder))
-        finally:
-            if export:
-                export.over(settings)
-
-
-def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
-    """Print the table and what is wrong, write the report."""
-    from loadtest.report import read_runs, write_report
-
-    setup = summaries[0].setup
-    console.print(display.table(summaries, f"{setup.model}, {setup.workload}"))
-    for summary in summaries:
-        for problem in display.problems(summary):
-            text = escape(f"{summary.setup.label}: {problem}")
-            console.print(f"[yellow]{text}[/yellow]", highlight=False, soft_wrap=True)
-    page = write_report(read_runs(folders), out)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
-
-
-def _search(
-    settings: Settings, target: Target, text: str, wanted: float, out: Path, run: RunOnce
-) -> None:
-    """Runs at rates until the highest that meets the goals is known."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", text)
-    if not match or not 0 < float(match[1]) < float(match[2]):
-        raise LoadTestError(f"--search {text!r}: write LOW-HIGH in requests per second, e.g. 0.1-4")
-    if settings.goals is None:
-        raise LoadTestError("--search needs --goodput")
-    if "rate" not in type(settings.arrivals).model_fields:
-        raise LoadTestError("--search needs --arrivals poisson, constant or gamma")
-    trials: list[tuple[float, Summary]] = []
-
-    def attained(rate: float) -> float:
-        # other prompts each time: known ones would be found in a prefix cache
-        one = replace(
-            settings,
-            arrivals=settings.arrivals.model_copy(update={"rate": rate}),
-            seed=settings.seed + len(trials),
-            label=f"{settings.label} {rate:.3g}/s",
-        )
-        folder = out / f"rate-{rate:.3g}"
-        folder.mkdir(parents=True, exist_ok=True)
-        summary, status = run(one, target, folder)
-        if summary.stopped and status != TOO_MANY_ERRORS:
-            raise LoadTestError(f"the search ended: {summary.stopped}", status)
-        trials.append((rate, summary))
-        return summary.goodput.share if summary.goodput else 0.0
-
-    best = highest_rate(attained, float(match[1]), float(match[2]), wanted)
-    found = {
-        "goals": settings.goals.limits,
-        "attainment": wanted,
-        "highest_rate": best,
-        "trials": [{"rate": r, "share": s.goodput.share if s.goodput else None} for r, s in trials],
-    }
-    (out / "search.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    trials.sort(key=lambda trial: trial[0])
-    finish([out / f"rate-{r:.3g}" for r, _ in trials], out, [s for _, s in trials])
-    if best is None:
-        console.print(f"not even {match[1]} requests/s meets the goals")
-        raise typer.Exit(1)
-    console.print(f"highest rate that meets the goals: {best:.3g} requests/s")
 
 
 def compare(
@@ -325,16 +235,11 @@ def report(
     title: Annotated[str, typer.Option(help="heading of the page")] = "kvthrift load test",
 ) -> None:
     """Write report.html and its pictures again, from any number of runs."""
-    from loadtest.report import read_runs, write_report
+    from loadtest.report import read_runs, table, write_report
 
     runs = read_runs(folders)
-    console.print(display.table([run.summary for run in runs], title))
+    console.print(table([run.summary for run in runs], title))
     console.print(f"report: {write_report(runs, out, title)}", soft_wrap=True, highlight=False)
-
-
-def safe_name(text: str) -> str:
-    """A folder name that says what a run was."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
 
 
 def _make_folder(folder: Path) -> None:

@@ -8,25 +8,24 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy.policy import parse
-from loadtest.commands.cli import finish, run_once, safe_name
-from loadtest.sending.client import find_target
-from loadtest.errors import SOME_FAILED, LoadTestError
+from cache_policies.policy import parse
 from loadtest.commands.process import ServerError, running_server
-from loadtest.commands.session import SUMMARY, Settings, complete
+from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.session import Settings, complete
+from loadtest.errors import SOME_FAILED, LoadTestError
+from loadtest.files import SUMMARY
 from loadtest.measuring.summary import Summary
+from loadtest.sending.client import find_target
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loadtest.sending.arrivals import Arrivals
     from loadtest.commands.process import Server
+    from loadtest.sending.arrivals import Arrivals
 
-console = Console()
 STOCK = "stock vLLM"
 PLAN = "comparison.json"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -10,8 +10,8 @@ from loadtest.errors import LoadTestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from loadtest.sending.runner import Progress
     from loadtest.commands.session import Settings
+    from loadtest.sending.runner import Progress
 
     Watch = Callable[[Progress, float | None], None]
 

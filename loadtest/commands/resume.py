@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
-from loadtest.sending.records import OK, Record, read_records, write_records
+from loadtest.files import REQUESTS, SETUP
 from loadtest.measuring.summary import Setup
+from loadtest.sending.records import OK, Record, read_records, write_records
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-REQUESTS, SETUP = "requests.jsonl", "setup.json"
 # what must be the same for the two parts to be one run
 SAME = ("model", "policy", "extra_hash", "workload_hash", "arrivals", "arrivals_hash", "endpoint")
 

@@ -19,30 +19,35 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from loadtest.sending.arrivals import Schedule
-from loadtest.sending.client import Client, Target, new_record
+from loadtest.commands.resume import begin
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
-from loadtest.quality import METRICS, score
-from loadtest.sending.records import OK, Record, RecordFile, write_records
-from loadtest.commands.resume import REQUESTS, begin
-from loadtest.sending.runner import Runner
+from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
 from loadtest.measuring.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
 from loadtest.measuring.server_side import check_counters
 from loadtest.measuring.summary import Setup, Summary, summarize
-from loadtest.workloads.tokens import ApproximateTokenizer, LocalTokenizer, ServerTokenizer, Tokenizer
+from loadtest.quality import METRICS, score
+from loadtest.sending.arrivals import Schedule
+from loadtest.sending.client import Client, Target, new_record
+from loadtest.sending.records import OK, Record, RecordFile, write_records
+from loadtest.sending.runner import Runner
 from loadtest.workloads import Item, Workload, hash_items
 from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.tokens import (
+    ApproximateTokenizer,
+    LocalTokenizer,
+    ServerTokenizer,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from loadtest.sending.arrivals import Arrivals
     from loadtest.measuring.goodput import Goals
-    from loadtest.sending.runner import Progress
     from loadtest.measuring.scrape import Sample
+    from loadtest.sending.arrivals import Arrivals
+    from loadtest.sending.runner import Progress
 
-METRICS_CSV, SUMMARY = "metrics.csv", "summary.json"
 WARMUP_TOKENS = 256
 IDLE_SECONDS = 10.0  # longest wait for the server to become idle
 

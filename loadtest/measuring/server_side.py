@@ -11,8 +11,8 @@ from loadtest.measuring import scrape
 from loadtest.sending.records import OK
 
 if TYPE_CHECKING:
-    from loadtest.sending.records import Record
     from loadtest.measuring.scrape import Sample
+    from loadtest.sending.records import Record
 
 
 class ServerSide(BaseModel):

@@ -9,16 +9,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from loadtest.measuring.estimates import Distribution, Estimate, distribution, mean
-from loadtest.sending.records import OK
 from loadtest.measuring.server_side import Check, ServerSide, server_side
+from loadtest.sending.records import OK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from loadtest.measuring.goodput import Goals
-    from loadtest.sending.records import Record
     from loadtest.measuring.scrape import Sample
+    from loadtest.sending.records import Record
 
 UNAVERAGED = "not averaged"
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import jinja2
 import matplotlib as mpl
 
-from loadtest.commands import display
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.report.data import Run, read_runs
 from loadtest.report.plots import PLOTS, colours
+from loadtest.report.table import problems, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "read_runs", "write_report"]
+__all__ = ["Run", "problems", "read_runs", "table", "write_report"]
 
 REPORT = "report.html"
 
@@ -71,7 +71,7 @@ def _page(runs: Sequence[Run], pictures: list[dict[str, str]], title: str) -> st
         summaries=summaries,
         pictures=pictures,
         colours=colours(runs),
-        problems={i: found for i, s in enumerate(summaries) if (found := display.problems(s))},
+        problems={i: found for i, s in enumerate(summaries) if (found := problems(s))},
     )
 
 

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
-from loadtest.sending.records import read_records
-from loadtest.commands.resume import REQUESTS
+from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
 from loadtest.measuring.scrape import read_samples
-from loadtest.commands.session import METRICS_CSV, SUMMARY
 from loadtest.measuring.summary import Summary
+from loadtest.sending.records import read_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loadtest.sending.records import Record
     from loadtest.measuring.scrape import Sample
+    from loadtest.sending.records import Record
 
 
 @dataclass(frozen=True)

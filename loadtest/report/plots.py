@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from loadtest.measuring import scrape
-from loadtest.report.data import one_per_label
 from loadtest.measuring.server_side import series
+from loadtest.report.data import one_per_label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

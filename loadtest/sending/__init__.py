@@ -1,0 +1,1 @@
+"""Sending requests: when, how, and the record of each."""

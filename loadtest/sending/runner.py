@@ -8,8 +8,8 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loadtest.sending.client import new_record
 from loadtest.errors import INTERRUPTED, TOO_MANY_ERRORS, LoadTestError
+from loadtest.sending.client import new_record
 from loadtest.sending.records import CANCELLED, ERROR, Record
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse
 from prometheus_client.parser import text_string_to_metric_families
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.policy.layers import EdgeLayers
+from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
+from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
 from cache_policies.vllm_plugin.config import refuse_method

@@ -10,14 +10,14 @@ from prometheus_client import generate_latest
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy.policy import parse_method
+from cache_policies.policy import parse_method
 from cache_policies.vllm_plugin.config import settings
 from server.api.schemas import Shape
 from server.compression import Compressor, CompressorError
 from server.compression.request import PromptCompression
 
 if TYPE_CHECKING:
-    from cache_policies.policy.policy import Policy
+    from cache_policies.policy import Policy
 
 _ALIAS = re.compile(r"([A-Za-z0-9._/-]+)=(.+)")
 MOST_FACTS = 4096  # of requests whose response has not taken them yet

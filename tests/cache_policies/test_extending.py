@@ -10,7 +10,7 @@ from pathlib import Path
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 USE = """
 import torch
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
 from tests.cache_policies.worker import Text, Worker
 assert str(parse("value-norm(budget=100)+kivi-4bit")) == "value-norm(budget=100)+kivi-4bit"
 text = Text(500)
@@ -49,11 +49,11 @@ def test_the_documented_example_works_as_written(tmp_path: Path) -> None:
 
 def test_an_entry_point_under_another_name_is_refused(tmp_path: Path) -> None:
     _install(tmp_path, "value-norms=my_methods:ValueNorm")
-    done = _run(tmp_path, "from cache_policies.policy.policy import parse; parse('snapkv')")
+    done = _run(tmp_path, "from cache_policies.policy import parse; parse('snapkv')")
     assert "not its class's name" in done.stderr
 
 
 def test_an_entry_point_that_is_no_method_is_refused(tmp_path: Path) -> None:
     _install(tmp_path, "value-norm=my_methods:torch")
-    done = _run(tmp_path, "from cache_policies.policy.policy import parse; parse('snapkv')")
+    done = _run(tmp_path, "from cache_policies.policy import parse; parse('snapkv')")
     assert "is not a Retention class" in done.stderr

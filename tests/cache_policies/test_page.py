@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.pages.codecs import packing
 from cache_policies.errors import PolicyError
-from cache_policies.policy.layers import layouts
+from cache_policies.pages.codecs import packing
 from cache_policies.pages.layout import PageLayout
 from cache_policies.pages.plan import Plan
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
+from cache_policies.policy.layouts import layouts
 
 POLICIES = (
     "raw", "fp16", "bf16", "int8", "flexgen-4bit(group=16)", "kivi-4bit(group=16)",

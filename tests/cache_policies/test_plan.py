@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies.pages.plan import Plan, Span
-from cache_policies.policy.policy import Method, parse_method
+from cache_policies.policy import Method, parse_method
 from cache_policies.step.request import Engine, published_tokens, readable_tokens, span_of
 
 PAGE = 128

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.policy.layers import is_edge
-from cache_policies.policy.policy import parse, parse_method
+from cache_policies.pages.codecs import CODECS
+from cache_policies.policy import parse, parse_method
+from cache_policies.policy.layouts import is_edge
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import RETRIEVAL
 

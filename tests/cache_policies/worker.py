@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cache_policies.step.cut import Layer, Tokens
 from cache_policies.kernels.contract import Kernel, Shape
 from cache_policies.kernels.cpu import CpuKernel
-from cache_policies.policy.layers import layouts
 from cache_policies.pages.plan import Plan
-from cache_policies.policy.policy import parse, parse_method
-from cache_policies.step.request import Engine, RequestState, span_of
+from cache_policies.policy import parse, parse_method
+from cache_policies.policy.layouts import layouts
 from cache_policies.retention.rope import Rope
+from cache_policies.step.cut import Layer, Tokens
+from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.step.step import Step
 
 PAGE, HEADS, KV_HEADS, SIZE = 128, 6, 2, 64

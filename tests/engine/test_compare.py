@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from loadtest.sending.records import read_records
 from loadtest.measuring.summary import Summary
+from loadtest.sending.records import read_records
 
 if TYPE_CHECKING:
     from pathlib import Path

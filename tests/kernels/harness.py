@@ -10,9 +10,9 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
-from cache_policies.policy.layers import layouts
 from cache_policies.pages.plan import Plan
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
+from cache_policies.policy.layouts import layouts
 
 if TYPE_CHECKING:
     from cache_policies.pages.layout import PageLayout

@@ -7,14 +7,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Shape
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.pages.codecs import CODECS
 from cache_policies.pages.layout import PageLayout
-from cache_policies.policy.policy import parse
+from cache_policies.policy import parse
 from tests.kernels.harness import EXACT, TOLERANCE, Setup
 
 POLICIES = (

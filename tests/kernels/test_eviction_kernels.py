@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.pages.codecs import CODECS
 from tests.kernels.harness import Setup
 
 POLICIES = st.sampled_from(list(CODECS))

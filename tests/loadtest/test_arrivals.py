@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest.sending.arrivals import Schedule, parse_arrivals
 from loadtest.errors import LoadTestError
+from loadtest.sending.arrivals import Schedule, parse_arrivals
 
 MANY = [None] * 4000
 

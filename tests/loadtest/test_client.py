@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.sending.client import Client, Target, new_record
 from loadtest.errors import LoadTestError
+from loadtest.sending.client import Client, Target, new_record
 from loadtest.sending.records import Record, RecordFile, read_records
-from loadtest.workloads.tokens import ServerTokenizer
 from loadtest.workloads import Item
+from loadtest.workloads.tokens import ServerTokenizer
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 

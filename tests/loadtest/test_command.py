@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from loadtest.sending.records import read_records
 from loadtest.measuring.summary import Summary
+from loadtest.sending.records import read_records
 
 if TYPE_CHECKING:
     from pathlib import Path

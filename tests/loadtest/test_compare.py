@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.commands import compare
-from loadtest.sending.arrivals import parse_arrivals
 from loadtest.commands.compare import Comparison, Variant
-from loadtest.errors import LoadTestError
 from loadtest.commands.session import Settings
+from loadtest.errors import LoadTestError
+from loadtest.sending.arrivals import parse_arrivals
 from loadtest.workloads import parse_workload
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from loadtest.sending.client import wait_for_server
 from loadtest.commands.process import free_port
+from loadtest.sending.client import wait_for_server
 from tests.loadtest.test_command import SMALL
 
 if TYPE_CHECKING:

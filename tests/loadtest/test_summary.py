@@ -7,7 +7,6 @@ import pytest
 from loadtest.errors import LoadTestError
 from loadtest.measuring.estimates import distribution, mean
 from loadtest.measuring.goodput import Goals, highest_rate
-from loadtest.sending.records import Record, RecordFile, read_records
 from loadtest.measuring.scrape import (
     CACHE_CONFIG,
     KV_USE,
@@ -23,6 +22,7 @@ from loadtest.measuring.scrape import (
 )
 from loadtest.measuring.server_side import check_counters, series, server_side
 from loadtest.measuring.summary import Setup, summarize
+from loadtest.sending.records import Record, RecordFile, read_records
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest.errors import LoadTestError
-from loadtest.workloads.tokens import ApproximateTokenizer, middle
 from loadtest.workloads import Item, hash_items, parse_workload
 from loadtest.workloads.longbench import DATA_SETS, hub_rows
 from loadtest.workloads.passkey import NEEDLE
+from loadtest.workloads.tokens import ApproximateTokenizer, middle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cache_policies.pages.codecs import CODECS
 from cache_policies.errors import PolicyError
-from cache_policies.policy.policy import parse
+from cache_policies.pages.codecs import CODECS
+from cache_policies.policy import parse
 from server.capacity import ModelShape, capacity
 from server.cli import app
 from server.models import ModelError, get_model, model_path, resolve

@@ -11,7 +11,7 @@ import torch
 from cache_policies.errors import PolicyError
 
 if TYPE_CHECKING:
-    from cache_policies.pages.layout import Field
+    from cache_policies.pages.field import Field
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

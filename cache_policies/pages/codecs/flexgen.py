@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.affine import AffineCodec
 
 GROUPS = (16, 32, 64)
 

@@ -13,7 +13,7 @@ import torch
 from cache_policies.pages.codecs import octets
 from cache_policies.pages.codecs.base import Codec, Views
 from cache_policies.pages.codecs.packing import to_half
-from cache_policies.pages.layout import Field
+from cache_policies.pages.field import Field
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""One measured run, and what is printed and written after runs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from loadtest.commands import display
+from loadtest.commands.session import build_items, measure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loadtest.commands.exporter import Exporter
+    from loadtest.commands.session import Settings
+    from loadtest.measuring.summary import Summary
+    from loadtest.sending.client import Target
+
+console = Console()
+
+
+def run_once(
+    settings: Settings,
+    target: Target,
+    folder: Path,
+    *,
+    warm_cache: bool = False,
+    export: Exporter | None = None,
+) -> tuple[Summary, int]:
+    """Measure once, with a live line, into a folder."""
+    salt = None if warm_cache else secrets.token_hex(8)
+    with console.status("making prompts"):
+        items = build_items(settings, target)
+    with display.live(console, settings.label) as watch:
+        shown = export.beside(settings, watch) if export else watch
+        try:
+            one = replace(settings, watch=shown, salt=salt)
+            return asyncio.run(measure(one, target, items, folder))
+        finally:
+            if export:
+                export.over(settings)
+
+
+def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
+    """Print the table and what is wrong, write the report."""
+    from loadtest.report import problems, read_runs, table, write_report
+
+    setup = summaries[0].setup
+    console.print(table(summaries, f"{setup.model}, {setup.workload}"))
+    for summary in summaries:
+        for problem in problems(summary):
+            text = escape(f"{summary.setup.label}: {problem}")
+            console.print(f"[yellow]{text}[/yellow]", highlight=False, soft_wrap=True)
+    page = write_report(read_runs(folders), out)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def safe_name(text: str) -> str:
+    """A folder name that says what a run was."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
