@@ -14,9 +14,10 @@ import torch
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import KERNELS, kernel_class
 from cache_policies.policy import parse
+from cache_policies.spelling import refuse_near
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
+from server.api.names import parse_aliases
 from server.api.plugin import MAX_BODY, engine_died
-from server.api.state import parse_aliases
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
 from server.startup import explain, refuse_machine, size_cache
@@ -104,6 +105,7 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
     if args.dtype == "auto" and (dtype := default_dtype()):
         args.dtype = dtype
     extra: dict[str, Any] = dict(args.additional_config or {})
+    refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "--additional-config")
     for key, value in ((POLICY_KEY, args.cache_policy), (KERNEL_KEY, args.cache_kernel)):
         if value is None:
             continue
@@ -119,7 +121,8 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
     if args.policy_alias:
         if POLICY_KEY not in extra:
             raise PolicyError("--policy-alias needs --cache-policy")
-        parse_aliases(args.policy_alias, args.served_model_name or [args.model])
+        adapters = [adapter.name for adapter in args.lora_modules or ()]
+        parse_aliases(args.policy_alias, [*(args.served_model_name or [args.model]), *adapters])
     default = args.prompt_compression
     if default and default.method == "llmlingua-2" and not args.prompt_compressor:
         raise PolicyError("--prompt-compression by llmlingua-2 needs --prompt-compressor MODEL")

@@ -101,9 +101,9 @@ def find_target(url: str, model: str | None, **settings: Any) -> Target:
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise LoadTestError(f"{url}/v1/models is not OpenAI's: {error}", NO_SERVER) from None
     name = model or next(iter(served), "")
-    if name not in served:
+    facts = served.get(name) or _unlisted(target, name)
+    if facts is None:
         raise LoadTestError(f"{url} does not serve {name!r}; it serves: {', '.join(served)}")
-    facts = served[name]
     return Target(
         target.url,
         name,
@@ -111,6 +111,24 @@ def find_target(url: str, model: str | None, **settings: Any) -> Target:
         longest=facts.get("max_model_len"),
         **settings,
     )
+
+
+def _unlisted(target: Target, name: str) -> dict[str, Any] | None:
+    """The card of a model that no list holds, as NAME@METHOD; None: there is none.
+
+    Raises:
+        LoadTestError: the server says what is wrong with the name.
+
+    """
+    url = f"{target.url}/v1/models/{quote(name, safe='')}"
+    try:
+        response = httpx.get(url, headers=target.headers, timeout=10.0)
+        if response.status_code == 400:
+            raise LoadTestError(f"model {name!r}: {response.json()['error']['message']}")
+        card = response.json() if response.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return card if isinstance(card, dict) and card.get("id") == name else None
 
 
 def wait_for_server(url: str, seconds: float) -> None:
