@@ -1,4 +1,4 @@
-"""Checks that constraints.txt is all that kvthrift[cpu,dev] needs, and nothing else.
+"""Checks that constraints.txt is all that kvthrift[cpu,dev] needs; ``--exact``: and nothing else.
 
 ``scripts/setup.sh`` installs from it without resolving. After a change of pyproject.toml, install
 what is new with ``pip install -c constraints.txt -e .[cpu,dev]``, then ``scripts/lock.py --write``.
@@ -48,12 +48,19 @@ def _applies(wanted: Requirement, extras: set[str]) -> bool:
     return not wanted.marker or any(wanted.marker.evaluate({"extra": e}) for e in extras)
 
 
-def faults(lock: list[str]) -> list[str]:
-    """What is wrong with a lock's lines, or with what is installed from it."""
+def faults(lock: list[str], *, exact: bool) -> list[str]:
+    """What is wrong with a lock's lines, or with what is installed from it.
+
+    Args:
+        lock: ``name==version`` each, made for Python 3.11; another needs less.
+        exact: whether a pin that is not needed here is a fault.
+
+    """
     pins = {canonicalize_name(Requirement(x).name): Requirement(x) for x in lock}
     build = {canonicalize_name(Requirement(x).name) for x in BUILD}
     wanted = needed(ROOT)
-    found = [f"{name} is pinned and not needed" for name in sorted({*pins} - {*wanted} - build)]
+    more = sorted({*pins} - {*wanted} - build) if exact else []
+    found = [f"{name} is pinned and not needed" for name in more]
     for name, requirements in sorted(wanted.items()):
         if name in ELSEWHERE:
             continue
@@ -82,9 +89,9 @@ def written() -> str:
 
 def main() -> None:
     """Check, or with ``--write`` write."""
-    if sys.argv[1:] == ["--write"]:
+    if "--write" in sys.argv:
         LOCK.write_text(written(), encoding="utf-8")
-    found = faults(LOCK.read_text(encoding="utf-8").split())
+    found = faults(LOCK.read_text(encoding="utf-8").split(), exact="--exact" in sys.argv)
     if found:
         raise SystemExit("constraints.txt: " + "\n                 ".join(found))
 
