@@ -13,7 +13,7 @@ SECONDS=0
 say() { printf 'setup: %4d s  %s\n' "$SECONDS" "$*"; }
 
 [ -x .venv/bin/python ] || { say "a virtual environment of $("$python" --version)"; "$python" -m venv .venv; }
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile "$@"; }
+install() { .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile "$@"; }
 
 # In the configured indexes first; PyTorch's own, and for torch only, where they have no CPU build.
 torch() { install "$torch" 2>.venv/torch.log || install --extra-index-url "$torch_index" "$torch"; }

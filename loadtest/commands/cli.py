@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,7 @@ from loadtest.commands.exporter import Exporter, exporter
 from loadtest.commands.run import console, finish, run_once, safe_name
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
-from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.measuring.goodput import Goals
 from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
@@ -58,6 +61,7 @@ def register(app: typer.Typer) -> None:
         compare
     )
     app.command()(report)
+    app.command()(canary)
 
 
 def loadtest(
@@ -240,6 +244,49 @@ def report(
     runs = read_runs(folders)
     console.print(table([run.summary for run in runs], title))
     console.print(f"report: {write_report(runs, out, title)}", soft_wrap=True, highlight=False)
+
+
+def canary(
+    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server")],
+    model: Annotated[str | None, typer.Option(help="served model (default: the first)")] = None,
+    every: Annotated[float, typer.Option(min=1, help="seconds from round to round")] = 300.0,
+    rounds: Annotated[int, typer.Option(min=0, help="how many; 0: until stopped")] = 0,
+    lengths: Annotated[
+        str | None, typer.Option(help="tokens of the texts, e.g. 500|2000 (default: those, if fit)")
+    ] = None,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="share of keys below which the exit status is 1")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="of the first round (default: the time)")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds a request may take")] = 120.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for a server that starts")
+    ] = 0.0,
+    serve_metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus finds kvthrift_canary_*")
+    ] = None,
+) -> None:
+    """Ask a server for hidden keys every few minutes, and watch its answers for loops."""
+    from loadtest.commands import canary as birds
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if wait:
+        wait_for_server(url, wait)
+    target = find_target(url, model, api_key=_api_key(api_key_file), timeout=timeout)
+    sizes = birds.read_lengths(lengths, target)
+    with birds.gauges(target, every, serve_metrics) as shown:
+
+        def show(done: birds.Round) -> None:
+            shown.show(done)
+            console.print(done.line(), highlight=False, soft_wrap=True)
+
+        first = int(time.time()) if seed is None else seed
+        done = birds.watch(target, sizes, every=every, rounds=rounds, seed=first, show=show)
+    if any(r.failed or (r.found or 0.0) < at_least for r in done):
+        raise typer.Exit(SOME_FAILED)
 
 
 def _make_folder(folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_quote_that_is_not_closed_is_named() -> None:
 
 
 def test_what_containers_run_is_the_command_with_the_settings_behind_it() -> None:
-    for name in ("server", "loadtest", "compare", "replica-1", "replica-2"):
+    for name in ("server", "loadtest", "compare", "canary", "replica-1", "replica-2"):
         service = SERVICES[name]
         assert VARIABLE in service["environment"], name
         tini, dashes, python, *more = service["entrypoint"]
@@ -110,10 +110,13 @@ def test_what_containers_run_is_the_command_with_the_settings_behind_it() -> Non
     assert (done.returncode, "memory '4 G' is not a whole number" in done.stderr) == (2, True)
 
 
-def test_a_load_test_can_be_found_by_prometheus() -> None:
+def test_load_test_and_canary_can_be_found_by_prometheus() -> None:
     scrape = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
-    (job,) = (j for j in scrape["scrape_configs"] if j["job_name"] == "loadtest")
-    assert job["dns_sd_configs"][0]["names"] == ["loadtest"]
+    for name in ("loadtest", "canary"):
+        (job,) = (j for j in scrape["scrape_configs"] if j["job_name"] == name)
+        (found,) = job["dns_sd_configs"]
+        assert found["names"] == [name]
+        assert f"--serve-metrics=0.0.0.0:{found['port']}" in SERVICES[name]["command"]
     texts = [DEPLOY / "compose.yaml", DEPLOY.parent / "README.md"]
     texts += (DEPLOY.parent / "docs").glob("*.md")
     commands = [
