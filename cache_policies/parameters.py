@@ -11,6 +11,8 @@ from cache_policies.errors import PolicyError
 _PARAMETER = re.compile(r"\s*([a-z_]+)\s*=\s*([a-z0-9.-]+)\s*")
 _KINDS: dict[type, str] = {int: "whole number", float: "number", str: "word"}
 
+LARGEST = 2**31 - 1  # counts of tokens; a request could end the engine with more
+
 Value = int | float | str
 
 
@@ -53,6 +55,9 @@ def read_arguments(name: str, text: str | None, allowed: dict[str, Value]) -> di
             given[key] = kind(match[2])
         except ValueError:
             raise PolicyError(f"parameter {item.strip()!r} is not key={_KINDS[kind]}") from None
+        value = given[key]
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise PolicyError(f"parameter {item.strip()!r} is above {LARGEST}, or no number")
     return given
 
 
