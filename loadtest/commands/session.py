@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from loadtest.commands.resume import begin
+from loadtest.connect import connection
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
+from loadtest.hide import hide, public_arguments, public_url
 from loadtest.measuring.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
+from loadtest.measuring.series import series
 from loadtest.measuring.server_side import check_counters
 from loadtest.measuring.summary import Setup, Summary, summarize
 from loadtest.quality import METRICS, score
@@ -81,7 +84,8 @@ def choose_tokenizer(name: str, target: Target) -> Tokenizer:
         return ApproximateTokenizer()
     if name != "server":
         return LocalTokenizer(name)
-    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0)
+    settings = connection(target.url)
+    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0, **settings)
     return ServerTokenizer(http, target.model)
 
 
@@ -187,7 +191,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
     return Setup(
         label=settings.label,
         model=target.model,
-        url=target.url,
+        url=public_url(target.url),
         policy=settings.policy,
         workload=str(settings.workload),
         workload_hash=workload_hash,
@@ -201,7 +205,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
             :12
         ],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["kvthrift", *sys.argv[1:]]),
+        command=hide(shlex.join(["kvthrift", *public_arguments(sys.argv[1:])]), target.api_key),
         kvthrift=version("kvthrift"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     )
@@ -245,8 +249,8 @@ async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
 
     async def show() -> None:
         while True:
-            use = [s.value for s in scraper.samples[-64:] if s.name == KV_USE]
-            settings.watch(runner.progress, use[-1] if use else None)
+            use = series(scraper.latest, KV_USE)
+            settings.watch(runner.progress, use[-1][1] if use else None)
             await asyncio.sleep(0.5)
 
     beside = [

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from loadtest.measuring import scrape
-from loadtest.measuring.server_side import series
+from loadtest.measuring.series import series
 from loadtest.report.data import one_per_label
 
 if TYPE_CHECKING:
