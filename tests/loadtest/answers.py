@@ -7,14 +7,17 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from loadtest.sending.client import Client, Target, new_record
-from loadtest.sending.records import Record
 from loadtest.workloads import Item
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+    from loadtest.sending.records import Record
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 ITEM = Item("x", "t", "c", "hi", max_tokens=2)

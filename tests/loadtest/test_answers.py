@@ -153,8 +153,8 @@ def test_an_answer_that_comes_whole_has_no_times_of_tokens(name: str) -> None:
     "odd",
     [
         b"data:\n\n", b"data\n\n", b"data:  \n\n", b": ping\n\n", b"event: ping\ndata: {}\n\n",
-        b"event: ping\ndata: 12:00\n\n", b'event: ping\ndata: {"type": "ping"}\n\n', b"\xef\xbb\xbf",
-        b"retry: 3000\n\n", b'event: message\ndata: {"choices": []}\n\n',
+        b"event: ping\ndata: 12:00\n\n", b'event: ping\ndata: {"type": "ping"}\n\n',
+        b"\xef\xbb\xbf", b"retry: 3000\n\n", b'event: message\ndata: {"choices": []}\n\n',
         b'data: {"choices": [{"delta": null}]}\n\n', b'data: {"choices": null}\n\n',
     ],
 )  # fmt: skip
@@ -174,7 +174,8 @@ def test_one_object_over_several_data_lines() -> None:
 @pytest.mark.parametrize(
     "data",
     [b"event: error\ndata: overloaded\n\n", b'event: error\ndata: {"message": "overloaded"}\n\n',
-     b'data: {"error": "overloaded"}\n\n', b'data: {"object": "error", "message": "overloaded"}\n\n'],
+     b'data: {"error": "overloaded"}\n\n',
+     b'data: {"object": "error", "message": "overloaded"}\n\n'],
 )  # fmt: skip
 def test_errors_of_a_stream(data: bytes) -> None:
     record = answered([delta(content="a"), data, END])

@@ -81,8 +81,10 @@ def test_engines_whose_pools_are_not_known_weigh_alike() -> None:
     ):
         assert series(unknown, KV_USE)[-1][1] == pytest.approx(0.5)
     # vLLM before kv_cache_size_tokens: blocks of a size
-    old = [sample(0, CACHE_CONFIG, 1.0, num_gpu_blocks="50", block_size="16", engine="0"),
-           sample(0, CACHE_CONFIG, 1.0, num_gpu_blocks="None", block_size="16", engine="1")]  # fmt: skip
+    old = [
+        sample(0, CACHE_CONFIG, 1.0, num_gpu_blocks="50", block_size="16", engine="0"),
+        sample(0, CACHE_CONFIG, 1.0, num_gpu_blocks="None", block_size="16", engine="1"),
+    ]  # fmt: skip
     found = server_side(old)
     assert found is not None
     assert found.capacity_tokens == 800
@@ -92,8 +94,8 @@ def test_engines_whose_pools_are_not_known_weigh_alike() -> None:
 def test_an_endpoint_that_names_its_one_engine_in_one_metric_only() -> None:
     read = []
     for source, use, tokens in (("a", 0.8, 1000), ("b", 0.2, 3000)):
-        read += [sample(0, KV_USE, use, source, engine="0"),
-                 sample(0, CACHE_CONFIG, 1.0, source, kv_cache_size_tokens=str(tokens))]  # fmt: skip
+        read.append(sample(0, KV_USE, use, source, engine="0"))
+        read.append(sample(0, CACHE_CONFIG, 1.0, source, kv_cache_size_tokens=str(tokens)))
     assert series(read, KV_USE) == [(0, pytest.approx((800 + 600) / 4000))]
 
 
@@ -136,7 +138,7 @@ def test_every_engine_and_endpoint_restarts_for_itself() -> None:
 
 def test_a_counter_that_is_new_began_at_zero() -> None:
     name = "kvthrift_tokens_dropped_total"
-    read = counted(PREEMPTIONS, 0, 0, 0) + [sample(1, name, 4, policy="h2o")]
+    read = [*counted(PREEMPTIONS, 0, 0, 0), sample(1, name, 4, policy="h2o")]
     read += [sample(2, name, 6, policy="h2o"), sample(2, name, 1, policy="tova")]
     assert increase(read, name) == 7
     # an endpoint that was not there at first: what it had counted before is not the run's
@@ -175,9 +177,15 @@ def test_histograms_restart_too_and_gauges_do_not() -> None:
 
 
 def test_a_process_that_ended_takes_no_seconds_away() -> None:
-    read = [sample(0, CPU, 10.0, "pid 1", pid="1"), sample(0, CPU, 5.0, "pid 1", pid="2"),
-            sample(1, CPU, 12.0, "pid 1", pid="1"), sample(1, CPU, 6.0, "pid 1", pid="2"),
-            sample(2, CPU, 13.0, "pid 1", pid="1"), sample(2, CPU, 0.5, "pid 1", pid="3")]  # fmt: skip
+    rows = (
+        (0, 10.0, "1"),
+        (0, 5.0, "2"),
+        (1, 12.0, "1"),
+        (1, 6.0, "2"),
+        (2, 13.0, "1"),
+        (2, 0.5, "3"),
+    )
+    read = [sample(time, CPU, seconds, "pid 1", pid=pid) for time, seconds, pid in rows]
     found = server_side(read)
     assert found is not None
     assert (found.cpu_seconds, found.restarts) == (pytest.approx(3 + 1 + 0.5), 0)

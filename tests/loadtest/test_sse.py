@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -15,7 +16,7 @@ def read(data: bytes, cuts: list[int] | None = None) -> list[Event]:
     parser = EventParser()
     places = [0, *sorted(cuts or []), len(data)]
     found: list[Event] = []
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         found += parser.feed(data[begin:end])
     return found + list(parser.end())
 
