@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loadtest.sending.runner import Progress as State
 
 LOG_SECONDS = 5.0  # between two lines of a log
+WAIT_SECONDS = 15.0  # between lines of a log while something is waited for
 SILENT_SECONDS = 30.0  # after which a log gets a line though nothing has changed
 
 
@@ -61,7 +62,7 @@ def waiting(console: Console, text: str) -> Iterator[Callable[[float], None]]:
     log = Log(console)
 
     def show(seconds: float) -> None:
-        log.show(escape(f"{text}, {seconds:.0f} s"), state=seconds)
+        log.show(escape(f"{text}, {seconds:.0f} s"), state=seconds // WAIT_SECONDS)
 
     yield show
 
@@ -104,7 +105,9 @@ def _bar(console: Console) -> Progress:
 
 
 def _note(state: State, use: float | None, seconds: float) -> str:
-    parts = [f"{state.running} running", f"{state.tokens / max(seconds, 1e-9):.1f} tok/s"]
+    parts = [f"{state.running} running"]
+    if state.tokens:
+        parts.append(f"{state.tokens / max(seconds, 1e-9):.1f} tok/s")
     if state.ttfts:
         parts.append(f"TTFT {statistics.median(state.ttfts):.2f} s")
     if use is not None:

@@ -119,7 +119,9 @@ class Record:
 
     @property
     def itl(self) -> list[float]:
-        """Seconds between events that brought tokens."""
+        """Seconds between events that brought tokens; none where all came at the same time."""
+        if self.events and self.events[-1] == self.events[0]:
+            return []
         return [b - a for a, b in pairwise(self.events)]
 
     def fail(self, kind: str, message: str) -> None:

@@ -103,3 +103,4 @@ def test_the_note_of_a_run() -> None:
     assert text == (
         "1 running, 5.0 tok/s, TTFT 1.00 s, KV 25%, [red]1 failed[/red], about 10 s left"
     )
+    assert display._note(Progress(total=4), None, 10.0) == "0 running"
