@@ -11,7 +11,7 @@ from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads.jsonl import read_jsonl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 OK = "ok"
@@ -193,15 +193,20 @@ def read_records(path: Path) -> list[Record]:
         LoadTestError: another line is broken; names file and line.
 
     """
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[Record]:
+    """The same one by one, for who keeps only parts of them."""
     known = {f.name for f in fields(Record)}
     complete = path.read_bytes().count(b"\n")
-    found = []
+    found = 0
     try:
         for number, row in read_jsonl(path):
             if not set(row) <= known or not {"id", "task", "category", "prompt_hash"} <= set(row):
                 raise LoadTestError(f"{path}:{number}: not a record of this version")
-            found.append(Record(**row))
+            yield Record(**row)
+            found += 1
     except LoadTestError:
-        if len(found) < complete:
+        if found < complete:
             raise
-    return found

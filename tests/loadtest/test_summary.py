@@ -302,3 +302,18 @@ def test_thinking_has_a_row_of_its_own() -> None:
     assert (uncounted.thought, uncounted.thinking_tokens) == (1, None)
     plain = summarize(SETUP, [record(answer_at=1.0)], [], planned=1)
     assert plain.latency.first_answer is None
+
+
+def test_drawings_of_groups_are_those_of_values_written_out() -> None:
+    import numpy as np
+
+    from loadtest.measuring import estimates
+
+    rng = np.random.default_rng(1)
+    groups = [rng.exponential(1, int(n)).round(2) for n in rng.integers(1, 40, 30)]
+    found = estimates._resampled(groups)
+    picks = np.random.default_rng(estimates.SEED).integers(30, size=(estimates.RESAMPLES, 30))
+    for index in (0, 7, 499):
+        written = np.concatenate([groups[i] for i in picks[index]])
+        known = [written.mean(), *np.percentile(written, estimates.PERCENTILES)]
+        assert found[:, index] == pytest.approx(known)
