@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loadtest.commands.display import waiting
 from loadtest.commands.exporter import Exporter, exporter
 from loadtest.commands.run import console, finish, run_once, safe_name
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
+from loadtest.hide import public_url, read_key
 from loadtest.measuring.goodput import Goals
 from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
@@ -81,6 +83,9 @@ def loadtest(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
     ] = None,
+    keep_thinking: Annotated[
+        bool, typer.Option(help="write down the text of a model's thinking too")
+    ] = False,
     tokenizer: Annotated[
         str, typer.Option(help="server, approximate, or a folder or hub name")
     ] = "server",
@@ -141,11 +146,12 @@ def loadtest(
     )
     extra = _extra(extra_body, cache_policy)
     if wait:
-        with console.status(f"waiting for {url}"):
-            wait_for_server(url, wait)
+        with waiting(console, f"waiting for {public_url(url)}") as note:
+            wait_for_server(url, wait, note)
     target = find_target(
-        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra, timeout=timeout
-    )
+        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra,
+        timeout=timeout, keep_thinking=keep_thinking,
+    )  # fmt: skip
     _make_folder(out)
     with exporter(serve_metrics) as export:
         if search:
@@ -318,8 +324,14 @@ def _extra(text: str | None, policy: str | None) -> dict[str, Any]:
 
 def _api_key(file: Path | None) -> str | None:
     if file is None:
-        return os.environ.get("OPENAI_API_KEY")
+        return read_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
     try:
-        return file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise LoadTestError(f"--api-key-file {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LoadTestError(f"--api-key-file {file}: not a text") from None
+    key = read_key(text, f"--api-key-file {file}")
+    if key is None:
+        raise LoadTestError(f"--api-key-file {file}: there is no key in it")
+    return key
