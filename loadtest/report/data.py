@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from loadtest.errors import LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
 from loadtest.measuring.scrape import read_samples
 from loadtest.measuring.summary import Summary
 from loadtest.sending.records import read_records
+from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,8 +59,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(folder: Path) -> Run:
     path = folder / SUMMARY
     try:
-        summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+        summary = Summary.model_validate(strict_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # of pydantic too
         raise LoadTestError(f"{path}: not a summary of this version: {error}") from None
     records = read_records(folder / REQUESTS) if (folder / REQUESTS).exists() else []
     return Run(summary, records, read_samples(folder / METRICS_CSV))
