@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,7 @@ class Filler:
 
     def __init__(self, pool: Sequence[str], tokenizer: Tokenizer) -> None:
         self._pool = pool
-        sample = " ".join(pool[:SAMPLE])
+        sample = " ".join(islice(cycle(pool), SAMPLE))
         self._characters = len(sample) / max(1, tokenizer.count([sample])[0])
 
     def sentences(self, tokens: int, pool: Sequence[str] | None = None) -> list[str]:

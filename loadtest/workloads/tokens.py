@@ -43,22 +43,41 @@ def middle(ids: list[int], tokens: int) -> tuple[list[int], list[int]]:
     return ids[:half], ids[len(ids) - (tokens - half) :]
 
 
-def _is_chat(endpoint: str, chat: bool) -> bool:
-    return chat if endpoint == "auto" else endpoint == "chat"
+class _Endpoint:
+    """Counts a prompt once, by the endpoint it goes to."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._sent: dict[tuple[bytes, bool], int] = {}
+
+    def count_sent(self, text: str, chat: bool) -> int:
+        chat = chat if self._endpoint == "auto" else self._endpoint == "chat"
+        key = hashlib.sha256(text.encode(errors="surrogatepass")).digest(), chat
+        if key not in self._sent:
+            self._sent[key] = self._chat(text) if chat else self._completion(text)
+        return self._sent[key]
+
+    def _chat(self, text: str) -> int:
+        raise NotImplementedError
+
+    def _completion(self, text: str) -> int:
+        raise NotImplementedError
 
 
-class ApproximateTokenizer:
+class ApproximateTokenizer(_Endpoint):
     """Four characters a token: for servers that tell nothing of their tokens."""
 
     def __init__(self, endpoint: str = "auto") -> None:
-        self._endpoint = endpoint
+        super().__init__(endpoint)
 
     def count(self, texts: Sequence[str]) -> list[int]:
         return [-(-len(text) // 4) for text in texts]
 
-    def count_sent(self, text: str, chat: bool) -> int:
-        around = CHAT_ROOM if _is_chat(self._endpoint, chat) else 1
-        return self.count([text])[0] + around
+    def _chat(self, text: str) -> int:
+        return self.count([text])[0] + CHAT_ROOM
+
+    def _completion(self, text: str) -> int:
+        return self.count([text])[0] + 1
 
     def cut_middle(self, text: str, tokens: int) -> str:
         if len(text) <= 4 * tokens:
@@ -67,7 +86,7 @@ class ApproximateTokenizer:
         return text[:half] + text[len(text) - half :]
 
 
-class LocalTokenizer:
+class LocalTokenizer(_Endpoint):
     """A tokenizer of transformers, from a folder or a hub name."""
 
     def __init__(self, name: str, endpoint: str = "auto") -> None:
@@ -79,7 +98,7 @@ class LocalTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise LoadTestError(f"--tokenizer {name}: {error}") from None
-        self._endpoint = endpoint
+        super().__init__(endpoint)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -88,9 +107,10 @@ class LocalTokenizer:
     def count(self, texts: Sequence[str]) -> list[int]:
         return [len(self._encode(text)) for text in texts]
 
-    def count_sent(self, text: str, chat: bool) -> int:
-        if not _is_chat(self._endpoint, chat):
-            return len(self._tokenizer.encode(text))
+    def _completion(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))
+
+    def _chat(self, text: str) -> int:
         if not self._tokenizer.chat_template:
             return len(self._encode(text)) + CHAT_ROOM
         messages = [{"role": "user", "content": text}]
@@ -108,7 +128,7 @@ class LocalTokenizer:
         )
 
 
-class ServerTokenizer:
+class ServerTokenizer(_Endpoint):
     """The served model's own, over vLLM's ``/tokenize`` and ``/detokenize``.
 
     Args:
@@ -129,12 +149,11 @@ class ServerTokenizer:
         endpoint: str = "auto",
         extra: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(endpoint)
         self._http = http
         self._model = model
-        self._endpoint = endpoint
         self._options = {k: v for k, v in (extra or {}).items() if k in TEMPLATE_OPTIONS}
         self._known: dict[str, int] = {}
-        self._sent: dict[tuple[bytes, bool], int] = {}
 
     def _post(self, route: str, **body: Any) -> Any:
         try:
@@ -161,13 +180,6 @@ class ServerTokenizer:
             if text not in self._known:
                 self._known[text] = len(self._encode(text))
         return [self._known[text] for text in texts]
-
-    def count_sent(self, text: str, chat: bool) -> int:
-        chat = _is_chat(self._endpoint, chat)
-        key = hashlib.sha256(text.encode(errors="surrogatepass")).digest(), chat
-        if key not in self._sent:
-            self._sent[key] = self._chat(text) if chat else self._completion(text)
-        return self._sent[key]
 
     def _completion(self, text: str) -> int:
         special = self._options.get("add_special_tokens", True)
