@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.policy import parse
 from loadtest.commands.display import waiting
 from loadtest.commands.process import ServerError, running_server
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.run import console, finish, run_once, safe_name, safe_names
 from loadtest.commands.session import Settings, complete
 from loadtest.errors import SOME_FAILED, LoadTestError
 from loadtest.files import SUMMARY
@@ -109,6 +110,9 @@ class Comparison:
             rows.insert(0, Variant(STOCK, None, None))
         if not rows:
             raise LoadTestError("nothing to compare: give --policy, or --stock")
+        twice = [str(a) for a, n in Counter(map(str, arrivals)).items() if n > 1]
+        if twice:
+            raise LoadTestError(f"--arrivals {twice[0]} is given twice")
         variants = tuple(dict.fromkeys(rows))
         bytes_ = int(number) * UNITS[unit]
         return cls(model, variants, bytes_, tuple(flags), settings, tuple(arrivals), timeout)
@@ -134,8 +138,11 @@ class Comparison:
 
     def folder(self, out: Path, variant: Variant, arrivals: Arrivals) -> Path:
         """Where a run is kept."""
-        name = safe_name(variant.label)
-        return out / (name if len(self.arrivals) == 1 else f"{name}@{safe_name(str(arrivals))}")
+        labels = [v.label for v in self.variants]
+        name = safe_names(labels)[self.variants.index(variant)]
+        loads = safe_names([str(a) for a in self.arrivals])
+        load = loads[self.arrivals.index(arrivals)]
+        return out / (name if len(self.arrivals) == 1 else f"{name}@{load}")
 
     def arguments(self, policy: str | None) -> list[str]:
         """What follows ``kvthrift serve``."""

@@ -333,6 +333,11 @@ async def _leave(response: httpx.Response | None, rest: AsyncIterator[bytes] | N
 
 def new_record(item: Item, scheduled: float) -> Record:
     """A record of an item that was not sent yet."""
-    text = item.prompt.encode(errors="surrogatepass")
-    digest = hashlib.sha256(text).hexdigest()[:12]
+    digest = hash_prompt(item)
     return Record(item.id, item.task, item.category, digest, dict(item.tags), scheduled=scheduled)
+
+
+def hash_prompt(item: Item) -> str:
+    """Twelve hexadecimal digits that name its prompt."""
+    text = item.prompt.encode(errors="surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:12]
