@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import Method, Policy, parse, parse_method
-from cache_policies.retention.rope import Rope
+from cache_policies.retention.rope import refuse_rotary
 from cache_policies.spelling import refuse_near
 
 if TYPE_CHECKING:
@@ -76,16 +76,7 @@ def refuse_method(method: Method, model_config: Any) -> None:
     """
     retention = method.retention
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
-        Rope.of(model_config.hf_text_config, model_config.get_head_size())
-
-
-def model_rope(model_config: Any) -> Rope:
-    """The model's rotary embedding; one that turns nothing where ``refuse_method`` refuses."""
-    head_size = model_config.get_head_size()
-    try:
-        return Rope.of(model_config.hf_text_config, head_size)
-    except PolicyError:
-        return Rope(head_size, 0.0)
+        refuse_rotary(model_config.hf_text_config)
 
 
 def refuse_engine(vllm_config: VllmConfig) -> None:
