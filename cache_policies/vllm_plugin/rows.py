@@ -63,6 +63,10 @@ class Rows:
             if sys.getrefcount(output) <= _ONLY_OURS:
                 del self.away[key]
 
+    def take_slot(self, slot: int, params: Any, prompt: int) -> None:
+        """A request takes a slot of the V2 runner's table, anew after a preemption."""
+        self.row[slot] = [], None, (params, prompt)
+
     def states(self, count: int) -> list[RequestState | None]:
         """Per row of the batch the request's state; None for plain requests."""
         return [self._state(index) for index in range(count)]
