@@ -1,8 +1,8 @@
 """Seeded requests on vLLM's CPU runner.
 
-A row whose prompt is not complete samples a token that is thrown away, and the V1 runner then sets
-the row's generator back by its offset, which generators of a CPU do not have: ``get_offset`` raises,
-and the engine ends. Here such rows sample without their generator, so that it does not advance.
+A row whose prompt is not complete samples a token that is thrown away, and the V1 runner then
+sets the row's generator back by its offset, which generators of a CPU do not have: ``get_offset``
+raises, and the engine ends. Here such rows sample without their generator, which so stays put.
 Can go when vLLM does not ask CPU generators for an offset.
 """
 
