@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
-SCHEDULER = "cache_policies.vllm_plugin.scheduler.PolicyScheduler"
+SCHEDULERS = "cache_policies.vllm_plugin.scheduler"
+SCHEDULER, ASYNC_SCHEDULER = f"{SCHEDULERS}.PolicyScheduler", f"{SCHEDULERS}.PolicyAsyncScheduler"
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             "tokens are stored (allowed: auto)",
         ),
         (
-            vllm_config.use_v2_model_runner,
-            "vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0",
+            vllm_config.use_v2_model_runner and parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism on vLLM's V2 model runner, whose first stages never learn a "
+            "request's method; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
+        (parallel.use_ubatching, "micro-batches; drop --enable-dbo and --ubatch-size"),
     )
     for present, feature in reasons:
         if present:
@@ -114,7 +117,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
 
 
 def _other_scheduler(chosen: Any) -> bool:
-    return chosen is not None and chosen != SCHEDULER
+    return chosen not in {None, SCHEDULER, ASYNC_SCHEDULER}
 
 
 def _context_parallel(parallel: Any) -> bool:
