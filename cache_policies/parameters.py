@@ -36,7 +36,8 @@ def read_arguments(name: str, text: str | None, allowed: dict[str, Value]) -> di
     """Parse ``key=value, ...`` into values of the types of the defaults.
 
     Raises:
-        PolicyError: unknown or repeated key, or a value of another type; names what is allowed.
+        PolicyError: unknown or repeated key, or a value of another type or above ``LARGEST``; names
+            what is allowed.
 
     """
     given: dict[str, Value] = {}
@@ -57,7 +58,7 @@ def read_arguments(name: str, text: str | None, allowed: dict[str, Value]) -> di
             raise PolicyError(f"parameter {item.strip()!r} is not key={_KINDS[kind]}") from None
         value = given[key]
         if isinstance(value, int | float) and not abs(value) <= LARGEST:
-            raise PolicyError(f"parameter {item.strip()!r} is above {LARGEST}, or no number")
+            raise PolicyError(f"parameter {item.strip()!r} is not a number of at most {LARGEST}")
     return given
 
 
