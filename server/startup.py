@@ -48,7 +48,7 @@ def choose_threads(cores: int) -> str:
     if cores > FEW_CORES:
         return f"threads: one of {cores} cores is left to vLLM's scheduler; {RESERVED}=0 uses it"
     os.environ[RESERVED] = "0"
-    return f"threads: all {cores} cores compute; {RESERVED}=1 leaves one to vLLM's scheduler"
+    return f"threads: all cores compute ({cores}); {RESERVED}=1 leaves one to vLLM's scheduler"
 
 
 def misspelt(environment: Iterable[str]) -> list[str]:
