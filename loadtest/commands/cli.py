@@ -14,6 +14,7 @@ import typer
 
 from loadtest.commands.display import waiting
 from loadtest.commands.exporter import Exporter, exporter
+from loadtest.commands.rows import ARGUMENTS, Ordered, by_model, options
 from loadtest.commands.run import console, finish, run_once, safe_name
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
@@ -56,9 +57,11 @@ DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
 def register(app: typer.Typer) -> None:
     """Add the commands to ``kvthrift``."""
     app.command()(loadtest)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        compare
-    )
+    app.command(
+        cls=Ordered,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        options_metavar="MODEL [OPTIONS] [--model MODEL [OPTIONS]]...",
+    )(compare)
     app.command()(report)
 
 
@@ -190,11 +193,17 @@ def _loads(
 
 def compare(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="model to serve, as for kvthrift serve")],
-    policy: Annotated[
+    # these three are read in their order, by by_model
+    model: Annotated[  # noqa: ARG001
+        list[str] | None,
+        typer.Option(help="a further model; --policy and --stock after it are its own"),
+    ] = None,
+    policy: Annotated[  # noqa: ARG001
         list[str] | None, typer.Option("--policy", "-p", help="cache policy; one row each")
     ] = None,
-    stock: Annotated[bool, typer.Option(help="add vLLM's own cache as the first row")] = False,
+    stock: Annotated[  # noqa: ARG001
+        bool, typer.Option(help="add vLLM's own cache as the first row")
+    ] = False,
     workload: WorkloadText = DEFAULT_WORKLOAD,
     arrivals: ArrivalsText = DEFAULT_ARRIVALS,
     seed: Seed = 0,
@@ -209,16 +218,20 @@ def compare(
     """Serve MODEL under each policy in turn, run the same workload on each, compare.
 
     Policies that differ only in their method share a server. Further options go to the server
-    (--max-model-len 4096 ...). Runs that are already whole in --out are kept.
+    (--max-model-len 4096 ...). Runs that are already whole in --out are kept. Several models get
+    the same text; one without a policy is served with vLLM's own cache.
     """
     from loadtest.commands.compare import Comparison, run_comparison
 
+    first = next(iter(context.args[:1]), "-")
+    named = None if first.startswith("-") else first
+    asked = by_model(named, context.meta[ARGUMENTS])
+    if not asked:
+        raise LoadTestError("which model? Name it first, as for kvthrift serve, or with --model")
     comparison = Comparison.of(
-        model=model,
-        policies=list(policy or ()),
-        stock=stock,
+        **options(asked),
         memory=memory,
-        flags=list(context.args),
+        flags=context.args[1:] if named else list(context.args),
         settings=Settings(
             workload=parse_workload(workload),
             arrivals=parse_arrivals(arrivals[0]),
