@@ -86,8 +86,8 @@ def _memory_axis(axis: Axes, shown: Sequence[tuple[Run, float]]) -> None:
     told = ""
     if lengths:
         low, high = f"{min(lengths):,.0f}", f"{max(lengths):,.0f}"
-        told = f" of {low if low == high else f'{low} to {high}'} prompt tokens"
-    axis.set_xlabel(f"cache memory of a request{told}, MiB (measured)")
+        told = f"\n({low if low == high else f'{low} to {high}'} prompt tokens)"
+    axis.set_xlabel(f"cache memory of a request, MiB (measured){told}")
     sizes = [x for _, x in shown]
     if max(sizes) > 8 * min(sizes):
         axis.set_xscale("log")
