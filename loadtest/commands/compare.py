@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from cache_policies.policy import parse
 from loadtest.commands.display import waiting
 from loadtest.commands.process import ServerError, running_server
 from loadtest.commands.rows import Asked
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.run import console, finish, run_once, safe_name, safe_names
 from loadtest.commands.session import Settings, complete
 from loadtest.commands.shared import PROMPTS, UnfitError, shared_items
 from loadtest.errors import SOME_FAILED, LoadTestError
@@ -142,6 +143,9 @@ class Comparison:
         number, unit = memory[:-1], memory[-1:].upper()
         if unit not in UNITS or not number.isdigit():
             raise LoadTestError(f"--memory {memory!r}: a whole number followed by K, M or G")
+        twice = [str(a) for a, n in Counter(map(str, arrivals)).items() if n > 1]
+        if twice:
+            raise LoadTestError(f"--arrivals {twice[0]} is given twice")
         asked = [Asked(model, policies, stock), *others]
         models = tuple(one.model for one in asked)
         if len(set(models)) < len(models) or "" in models:
@@ -185,8 +189,11 @@ class Comparison:
 
     def folder(self, out: Path, variant: Variant, arrivals: Arrivals) -> Path:
         """Where a run is kept."""
-        name = safe_name(variant.label)
-        return out / (name if len(self.arrivals) == 1 else f"{name}@{safe_name(str(arrivals))}")
+        labels = [v.label for v in self.variants]
+        name = safe_names(labels)[self.variants.index(variant)]
+        loads = safe_names([str(a) for a in self.arrivals])
+        load = loads[self.arrivals.index(arrivals)]
+        return out / (name if len(self.arrivals) == 1 else f"{name}@{load}")
 
     def arguments(self, served: Served) -> list[str]:
         """What follows ``kvthrift serve``."""

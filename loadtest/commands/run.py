@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 from dataclasses import replace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from loadtest.sending.client import Target
     from loadtest.workloads import Item
 
+LONGEST_NAME = 100
 console = Console()
 
 
@@ -68,4 +70,22 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
 
 def safe_name(text: str) -> str:
     """A folder name that says what a run was."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def safe_names(texts: Sequence[str]) -> list[str]:
+    """A folder name for each, no two alike: ``x``, ``x-2`` where a text comes again."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = first = safe_name(text)
+        number = 1
+        while name.casefold() in taken:  # some file systems know no case
+            number += 1
+            name = f"{first}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found

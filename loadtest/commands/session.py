@@ -34,7 +34,8 @@ from loadtest.sending.client import Client, Target, new_record
 from loadtest.sending.records import OK, Record, RecordFile, write_records
 from loadtest.sending.runner import Outcome, Progress, Runner
 from loadtest.workloads import Item, Workload, hash_items
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.fitting import check_fit
+from loadtest.workloads.text import Filler, sentences
 from loadtest.workloads.tokens import (
     ApproximateTokenizer,
     LocalTokenizer,
@@ -80,20 +81,28 @@ class Settings:
 def choose_tokenizer(name: str, target: Target) -> Tokenizer:
     """``server``, ``approximate``, or a folder or hub name for transformers."""
     if name == "approximate":
-        return ApproximateTokenizer()
+        return ApproximateTokenizer(target.endpoint)
     if name != "server":
-        return LocalTokenizer(name)
+        return LocalTokenizer(name, target.endpoint)
     settings = connection(target.url)
     http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0, **settings)
-    return ServerTokenizer(http, target.model)
+    return ServerTokenizer(http, target.model, target.endpoint, target.extra)
 
 
 def build_items(settings: Settings, target: Target) -> list[Item]:
-    """The workload's items, made with the tokenizer that was asked for."""
+    """The workload's items, made with the tokenizer that was asked for.
+
+    Raises:
+        LoadTestError: bad data, or a request that the server could only refuse.
+
+    """
     tokenizer = choose_tokenizer(settings.tokenizer, target)
     items = settings.workload.items(tokenizer, settings.seed, target.longest)
     if not items:
         raise LoadTestError(f"workload {settings.workload} has no requests")
+    answer = target.extra.get("max_completion_tokens") or target.extra.get("max_tokens")
+    if isinstance(answer, int):
+        check_fit(items, tokenizer, target.longest, answer)
     return items
 
 
@@ -110,10 +119,11 @@ async def measure(
         settings.arrivals, [i.at for i in items], settings.seed, settings.max_concurrency
     )
     setup = describe(settings, target, hash_items(items), schedule)
-    kept = begin(folder, setup, resume=settings.resume)
+    kept = begin(folder, setup, items, resume=settings.resume)
     # a resumed run goes on where the clock of the first part stopped
     offset = max((r.finished for r in kept), default=0.0)
-    left = [i for i in items if i.id not in {r.id for r in kept}]
+    answered = {r.id for r in kept}
+    left = [i for i in items if i.id not in answered]
     file = RecordFile(folder / REQUESTS)
     async with _shown(settings, Progress(len(items)), None):
         await _warm_up(settings, target)
@@ -223,11 +233,10 @@ async def _warm_up(settings: Settings, target: Target) -> None:
     client = Client(target, time.monotonic())
     pool = sentences("essay", f"{settings.seed}-warmup")
     random.Random(settings.seed).shuffle(pool)
+    filler = Filler(pool, ApproximateTokenizer())
     try:
         for index in range(settings.warmup):
-            text = " ".join(
-                fill([f"Warm-up {index}.", *pool], WARMUP_TOKENS, ApproximateTokenizer())
-            )
+            text = " ".join([f"Warm-up {index}.", *filler.sentences(WARMUP_TOKENS)])
             item = Item(f"warmup-{index}", "warmup", "warmup", text, max_tokens=4)
             await client.send(item, new_record(item, 0.0))
     finally:

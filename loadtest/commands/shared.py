@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loadtest.commands.session import build_items, choose_tokenizer
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads import Item
+from loadtest.workloads.fitting import check_fit
 from loadtest.workloads.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -63,17 +64,10 @@ def _keep(items: Sequence[Item], path: Path) -> None:
 
 
 def _check_length(items: Sequence[Item], settings: Settings, target: Target) -> None:
-    if target.longest is None:
-        return
-    tokenizer = choose_tokenizer(settings.tokenizer, target)
-    lengths = [
-        tokens + item.max_tokens
-        for item, tokens in zip(items, tokenizer.count([i.prompt for i in items]), strict=True)
-    ]
-    unfit = sum(length > target.longest for length in lengths)
-    if unfit:
+    try:
+        check_fit(items, choose_tokenizer(settings.tokenizer, target), target.longest)
+    except LoadTestError as error:
         raise UnfitError(
-            f"{unfit} of {len(items)} prompts have up to {max(lengths)} of its tokens with their "
-            f"answers, and it takes {target.longest}; name the model first whose tokens are the "
-            "shortest, or ask for shorter prompts"
-        )
+            f"{error}; name the model first whose tokens are the shortest, or ask for shorter "
+            "prompts"
+        ) from None

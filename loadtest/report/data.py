@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from loadtest.errors import LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
 from loadtest.measuring.scrape import read_samples
 from loadtest.measuring.summary import Summary
 from loadtest.sending.records import iterate_records
+from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,8 +66,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(folder: Path) -> Run:
     path = folder / SUMMARY
     try:
-        summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+        summary = Summary.model_validate(strict_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # of pydantic too
         raise LoadTestError(f"{path}: not a summary of this version: {error}") from None
     path = folder / REQUESTS
     records = [_slim(r) for r in iterate_records(path)] if path.exists() else []

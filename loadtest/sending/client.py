@@ -95,15 +95,33 @@ def find_target(url: str, model: str | None, **settings: Any) -> Target:
     shown = public_url(url)
     served = _served(target, shown)
     name = model or next(iter(served), "")
-    if name not in served:
+    facts = served.get(name) or _unlisted(target, name)
+    if facts is None:
         raise LoadTestError(f"{shown} does not serve {name!r}; it serves: {', '.join(served)}")
-    facts = served[name]
     return replace(
         target,
         model=name,
         is_vllm=facts.get("owned_by") == "vllm",
         longest=facts.get("max_model_len"),
     )
+
+
+def _unlisted(target: Target, name: str) -> dict[str, Any] | None:
+    """The card of a model that no list holds, as NAME@METHOD; None: there is none.
+
+    Raises:
+        LoadTestError: the server says what is wrong with the name.
+
+    """
+    url = f"{target.url}/v1/models/{quote(name, safe='')}"
+    try:
+        response = httpx.get(url, headers=target.headers, timeout=10.0, **connection(url))
+        if response.status_code == 400:
+            raise LoadTestError(f"model {name!r}: {response.json()['error']['message']}")
+        card = response.json() if response.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return card if isinstance(card, dict) and card.get("id") == name else None
 
 
 def _served(target: Target, shown: str) -> dict[str, dict[str, Any]]:
@@ -315,6 +333,11 @@ async def _leave(response: httpx.Response | None, rest: AsyncIterator[bytes] | N
 
 def new_record(item: Item, scheduled: float) -> Record:
     """A record of an item that was not sent yet."""
-    text = item.prompt.encode(errors="surrogatepass")
-    digest = hashlib.sha256(text).hexdigest()[:12]
+    digest = hash_prompt(item)
     return Record(item.id, item.task, item.category, digest, dict(item.tags), scheduled=scheduled)
+
+
+def hash_prompt(item: Item) -> str:
+    """Twelve hexadecimal digits that name its prompt."""
+    text = item.prompt.encode(errors="surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:12]

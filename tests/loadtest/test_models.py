@@ -108,7 +108,7 @@ def test_all_models_get_the_same_text_and_are_in_one_report(
 
     monkeypatch.setattr(compare, "running_server", server)
     line = ["compare", "a/one", "--stock", "--model", "b/two", "--warmup", "0", "-o", str(tmp_path)]
-    done = kvthrift(*line, "-w", "passkey(lengths=60,depths=0.5,texts=noise,digits=7)")
+    done = kvthrift(*line, "-w", "passkey(lengths=200,depths=0.5,texts=noise,digits=7)")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [a[0] for a in started] == ["a/one", "b/two"]
     folders = [tmp_path / "one_stock_vLLM", tmp_path / "two_stock_vLLM"]
@@ -120,7 +120,7 @@ def test_all_models_get_the_same_text_and_are_in_one_report(
     assert "two: stock vLLM" in page
     # a second call keeps the runs, and the text
     text = (tmp_path / "prompts.jsonl").read_text()
-    again = kvthrift(*line, "-w", "passkey(lengths=60,depths=0.5,texts=noise,digits=7)")
+    again = kvthrift(*line, "-w", "passkey(lengths=200,depths=0.5,texts=noise,digits=7)")
     assert again.stdout.count("kept from before") == 2
     assert (tmp_path / "prompts.jsonl").read_text() == text
     other = kvthrift("compare", "a/one", "--stock", "-o", str(tmp_path))
@@ -142,7 +142,7 @@ def test_text_is_kept_and_what_a_model_cannot_take_is_said(
         again = shared.shared_items(path, settings, Target("u", "m"))
         assert again == first
         assert all(isinstance(item, Item) for item in again)
-        with pytest.raises(shared.UnfitError, match=r"2 of 2 prompts have up to .* it takes 40"):
+        with pytest.raises(shared.UnfitError, match=r"and 1 other requests.*the server takes 40"):
             shared.shared_items(path, settings, Target("u", "m", longest=40))
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
