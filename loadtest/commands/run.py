@@ -38,7 +38,7 @@ def run_once(
 ) -> tuple[Summary, int]:
     """Measure once, with a live line, into a folder."""
     salt = None if warm_cache else secrets.token_hex(8)
-    with console.status("making prompts"):
+    with display.waiting(console, f"{settings.label}: making prompts"):
         items = build_items(settings, target)
     with display.live(console, settings.label) as watch:
         shown = export.beside(settings, watch) if export else watch

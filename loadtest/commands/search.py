@@ -50,6 +50,11 @@ def search(
         summary, status = run(one, target, folder)
         if summary.stopped and status != TOO_MANY_ERRORS:
             raise LoadTestError(f"the search ended: {summary.stopped}", status)
+        if summary.goodput and summary.goodput.unknown == summary.requests.planned:
+            raise LoadTestError(
+                "--search: no request can be judged by the goals, since all tokens of an answer "
+                "come at the same time; leave tpot out of --goodput"
+            )
         trials.append((rate, summary))
         return summary.goodput.share if summary.goodput else 0.0
 

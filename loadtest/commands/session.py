@@ -11,25 +11,28 @@ import random
 import shlex
 import sys
 import time
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
 from loadtest.commands.resume import begin
+from loadtest.connect import connection
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
+from loadtest.hide import hide, public_arguments, public_url
 from loadtest.measuring.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
+from loadtest.measuring.series import series
 from loadtest.measuring.server_side import check_counters
 from loadtest.measuring.summary import Setup, Summary, summarize
 from loadtest.quality import METRICS, score
 from loadtest.sending.arrivals import Schedule
 from loadtest.sending.client import Client, Target, new_record
 from loadtest.sending.records import OK, Record, RecordFile, write_records
-from loadtest.sending.runner import Runner
+from loadtest.sending.runner import Outcome, Progress, Runner
 from loadtest.workloads import Item, Workload, hash_items
 from loadtest.workloads.fitting import check_fit
 from loadtest.workloads.text import Filler, sentences
@@ -41,13 +44,12 @@ from loadtest.workloads.tokens import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from pathlib import Path
 
     from loadtest.measuring.goodput import Goals
     from loadtest.measuring.scrape import Sample
     from loadtest.sending.arrivals import Arrivals
-    from loadtest.sending.runner import Progress
 
 WARMUP_TOKENS = 256
 IDLE_SECONDS = 10.0  # longest wait for the server to become idle
@@ -82,7 +84,8 @@ def choose_tokenizer(name: str, target: Target) -> Tokenizer:
         return ApproximateTokenizer(target.endpoint)
     if name != "server":
         return LocalTokenizer(name, target.endpoint)
-    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0)
+    settings = connection(target.url)
+    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0, **settings)
     return ServerTokenizer(http, target.model, target.endpoint, target.extra)
 
 
@@ -122,7 +125,8 @@ async def measure(
     answered = {r.id for r in kept}
     left = [i for i in items if i.id not in answered]
     file = RecordFile(folder / REQUESTS)
-    await _warm_up(settings, target)
+    async with _shown(settings, Progress(len(items)), None):
+        await _warm_up(settings, target)
     client = Client(_salted(target, settings), time.monotonic())
     scraper = _scraper(settings, target, client)
     later = _later(schedule, items, left, offset)
@@ -197,7 +201,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
     return Setup(
         label=settings.label,
         model=target.model,
-        url=target.url,
+        url=public_url(target.url),
         policy=settings.policy,
         workload=str(settings.workload),
         workload_hash=workload_hash,
@@ -211,7 +215,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
             :12
         ],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["kvthrift", *sys.argv[1:]]),
+        command=hide(shlex.join(["kvthrift", *public_arguments(sys.argv[1:])]), target.api_key),
         kvthrift=version("kvthrift"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     )
@@ -249,30 +253,42 @@ async def _idle(scraper: Scraper) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
+async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Outcome:
     """Run with scraping and display beside it."""
+    async with (
+        _beside(scraper.watch(settings.interval)),
+        _shown(settings, runner.progress, scraper),
+    ):
+        # the server's counters lag behind the last token
+        outcome = await runner.run(then=lambda: _idle(scraper))
+    settings.watch(runner.progress, None)
+    return outcome
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do something until the block ends."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _shown(
+    settings: Settings, progress: Progress, scraper: Scraper | None
+) -> AbstractAsyncContextManager[None]:
+    """Show the progress twice a second until the block ends."""
 
     async def show() -> None:
         while True:
-            use = [s.value for s in scraper.samples[-64:] if s.name == KV_USE]
-            settings.watch(runner.progress, use[-1] if use else None)
+            use = series(scraper.latest, KV_USE) if scraper else []
+            settings.watch(progress, use[-1][1] if use else None)
             await asyncio.sleep(0.5)
 
-    beside = [
-        asyncio.create_task(scraper.watch(settings.interval)),
-        asyncio.create_task(show()),
-    ]
-    try:
-        # the server's counters lag behind the last token
-        outcome = await runner.run(then=lambda: _idle(scraper))
-    finally:
-        for task in beside:
-            task.cancel()
-        for task in beside:
-            with suppress(asyncio.CancelledError):
-                await task
-    settings.watch(runner.progress, None)
-    return outcome
+    return _beside(show())
 
 
 def complete(folder: Path, arrivals: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 
 from loadtest.errors import LoadTestError
+from loadtest.hide import public_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -161,8 +162,9 @@ class ServerTokenizer(_Endpoint):
             response.raise_for_status()
             return response.json()
         except (httpx.HTTPError, ValueError) as error:
+            why = public_url(str(error).partition("\n")[0])
             raise LoadTestError(
-                f"the server cannot count tokens ({route}: {error}); "
+                f"the server cannot count tokens ({route}: {why}); "
                 "give --tokenizer FOLDER or --tokenizer approximate"
             ) from None
 
