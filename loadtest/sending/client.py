@@ -179,6 +179,8 @@ async def _leave(response: httpx.Response | None, rest: AsyncIterator[bytes] | N
             while rest is not None and await anext(rest, None) is not None:
                 pass
     await response.aclose()
+    # its stream and it hold each other, and the prompt, until garbage is collected
+    response.stream = httpx.ByteStream(b"")
 
 
 def new_record(item: Item, scheduled: float) -> Record:
