@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads.jsonl import read_jsonl
 
@@ -129,6 +131,9 @@ class Record:
         self.status, self.error_kind, self.error = ERROR, kind, message
 
 
+_TYPES = TypeAdapter(Record)  # to check what is read back
+
+
 class RecordFile:
     """``requests.jsonl``: a line per finished request, added at once.
 
@@ -205,6 +210,12 @@ def iterate_records(path: Path) -> Iterator[Record]:
         for number, row in read_jsonl(path):
             if not set(row) <= known or not {"id", "task", "category", "prompt_hash"} <= set(row):
                 raise LoadTestError(f"{path}:{number}: not a record of this version")
+            try:
+                _TYPES.validate_json(json.dumps(row), strict=True)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                raise LoadTestError(f"{path}:{number}: {field}: {first['msg']}") from None
             yield Record(**row)
             found += 1
     except LoadTestError:
