@@ -31,9 +31,10 @@ from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
 from cache_policies.step.step import Step
-from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
 from cache_policies.vllm_plugin.metrics import cache_seconds
+from cache_policies.vllm_plugin.rotary import rope_of, watch
 from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
@@ -211,7 +212,8 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.shape = Shape(num_heads, num_kv_heads, float(scale))
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
-        self._model_config = vllm_config.model_config
+        self._vllm_config = vllm_config
+        watch()
         self._modules = vllm_config.compilation_config.static_forward_context
         logger.info_once(
             "kvthrift: cache policy %s, attention kernel %s",
@@ -290,11 +292,11 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         layout = self._layouts(kv_cache.shape[2])[self._is_edge(index)]
         return Layer(
             index=index,
-            layers=self._model_config.get_total_num_hidden_layers(),
+            layers=self._vllm_config.model_config.get_total_num_hidden_layers(),
             layout=layout,
             kernel=self._kernel_class(layout, self.shape),
             pages=kv_cache.flatten(2),
-            rope=model_rope(self._model_config),
+            rope=rope_of(layer, self.head_size, self._vllm_config),
             scale=self.scale,
             clock=_clock,
         )

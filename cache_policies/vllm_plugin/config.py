@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import Method, Policy, parse, parse_method
-from cache_policies.retention.rope import Rope
+from cache_policies.retention.rope import refuse_rotary
+from cache_policies.spelling import refuse_near
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,12 +39,15 @@ def settings(vllm_config: VllmConfig) -> Settings | None:
     """The plugin's settings; None where no policy is given, and vLLM stays as it is.
 
     Raises:
-        PolicyError: the policy or kernel is not valid.
+        PolicyError: the policy or kernel is not valid, or a key is almost one of ours.
 
     """
     extra = vllm_config.additional_config
-    if not isinstance(extra, dict) or POLICY_KEY not in extra:
-        if isinstance(extra, dict) and KERNEL_KEY in extra:
+    if not isinstance(extra, dict):
+        return None
+    refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "--additional-config")
+    if POLICY_KEY not in extra:
+        if KERNEL_KEY in extra:
             raise PolicyError(f"{KERNEL_KEY} is given without {POLICY_KEY}")
         return None
     return _settings(extra[POLICY_KEY], extra.get(KERNEL_KEY, "auto"))
@@ -74,16 +78,7 @@ def refuse_method(method: Method, model_config: Any) -> None:
     """
     retention = method.retention
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
-        Rope.of(model_config.hf_text_config, model_config.get_head_size())
-
-
-def model_rope(model_config: Any) -> Rope:
-    """The model's rotary embedding; one that turns nothing where ``refuse_method`` refuses."""
-    head_size = model_config.get_head_size()
-    try:
-        return Rope.of(model_config.hf_text_config, head_size)
-    except PolicyError:
-        return Rope(head_size, 0.0)
+        refuse_rotary(model_config.hf_text_config)
 
 
 def refuse_engine(vllm_config: VllmConfig) -> None:

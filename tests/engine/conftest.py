@@ -134,6 +134,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["smollm2-135m", "--cache-policy", "kivi-4bit", *FLAGS, *CHUNKED]
     arguments += ["--policy-alias", "fast=snapkv(budget=96)", "--max-request-bytes", "200000"]
+    arguments += ["--enable-scale-out"]  # rendering, and generating from tokens
     with running_server(arguments, log) as running:
         yield running
 

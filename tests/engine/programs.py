@@ -13,6 +13,8 @@ import sys
 import traceback
 from typing import Any
 
+from tests.engine.rotary import rotary  # noqa: F401  # a program too
+
 MARK = "program result: "
 
 

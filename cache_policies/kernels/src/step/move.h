@@ -1,0 +1,73 @@
+// Reading held tokens as floats and writing them back: what evicting methods do between steps.
+// Tokens are numbered through store, ring and fresh ones.
+#pragma once
+
+#include "step/append.h"
+
+static void read_stored(const Call& c, int head, int token, float* key, float* value) {
+  const Layout& l = c.layout;
+  const int d = l.head_size, n = l.page_tokens, slot = token % n;
+  const uint8_t* run = c.store_run(0, token / n, head);
+  if (l.kind == Kind::affine) {
+    const uint16_t *ks = (const uint16_t*)(run + l.key_scale), *km = (const uint16_t*)(run + l.key_min);
+    const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
+    for (int j = 0; j < d; j++) {
+      const CodeSlot k = key_slot(slot, j, l.k_bits, d), v = value_slot(slot, j, l.v_bits, n);
+      const int by_token = j / l.group * n + slot;
+      const int g = l.keys_per_channel ? slot / l.group * d + j : by_token;
+      const int key_code = run[l.key + k.byte] >> k.shift & ((1 << l.k_bits) - 1);
+      const int value_code = run[l.value + v.byte] >> v.shift & ((1 << l.v_bits) - 1);
+      key[j] = float(key_code) * f16_to_float(ks[g]) + f16_to_float(km[g]);
+      value[j] = float(value_code) * f16_to_float(vs[by_token]) + f16_to_float(vm[by_token]);
+    }
+    return;
+  }
+  KvRows rows;
+  page_rows(c, run, slot & ~7, 8, &rows);
+  const int64_t item = item_bytes(rows.key.dtype);
+  char strided[256 * 4];
+  for (int j = 0; j < d; j++) memcpy(strided + j * item, rows.octets + (j * 8 + slot % 8) * item, size_t(item));
+  load_row(strided, rows.key.dtype, d, key);
+  load_row(rows.value.row[slot % 8], rows.value.dtype, d, value);
+  if (!rows.key.scale) return;
+  const float k = f16_to_float(rows.key.scale[slot % 8]), v = f16_to_float(rows.value.scale[slot % 8]);
+  for (int j = 0; j < d; j++) key[j] *= k, value[j] *= v;
+}
+
+static void read_token(const Call& c, int head, int token, float* key, float* value) {
+  const int stored = c.batch.stored[0];
+  if (token < stored) read_stored(c, head, token, key, value);
+  else load_pending(c, 0, head, token - stored, 1, c.batch.ring[0], key, value);
+}
+
+static void read_tokens(const Call& c, const int32_t* index, int count, float* key, float* value) {
+  const int d = c.layout.head_size, total = c.num_kv_heads * count;
+#pragma omp parallel for schedule(static) num_threads(c.num_threads)
+  for (int i = 0; i < total; i++) {
+    const int token = index ? index[i] : i % count;
+    read_token(c, i / count, token, key + int64_t(i) * d, value + int64_t(i) * d);
+  }
+}
+
+// Keys quantized per channel are written in whole groups: the index is then 0, 1, 2, ...
+static void write_head(Call& c, int head, const int32_t* index, int count, float* key, float* value) {
+  const int d = c.layout.head_size, stored = c.batch.stored[0];
+  int i = 0;
+  if (c.layout.kind == Kind::affine && c.layout.keys_per_channel) {
+    i = min_int(count, stored);
+    write_store(c, 0, head, 0, i, key, value);
+  }
+  for (; i < count; i++) {
+    float *k = key + int64_t(i) * d, *v = value + int64_t(i) * d;
+    if (index[i] < 0) continue;
+    if (index[i] < stored) write_store(c, 0, head, index[i], 1, k, v);
+    else write_ring(c, 0, head, index[i] - stored, k, v);
+  }
+}
+
+static void write_tokens(Call& c, const int32_t* index, int count, float* key, float* value) {
+  const int64_t d = c.layout.head_size;
+#pragma omp parallel for schedule(static) num_threads(c.num_threads)
+  for (int h = 0; h < c.num_kv_heads; h++)
+    write_head(c, h, index + int64_t(h) * count, count, key + h * count * d, value + h * count * d);
+}
