@@ -3,6 +3,7 @@
 
 #include "codes/decode.h"
 #include "rows/decode.h"
+#include "rows/int8.h"
 #include "step/mass.h"
 
 static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int causal_from, Scratch* x,
@@ -51,7 +52,8 @@ static void attend_page(const Call& c, const Task& t, const uint8_t* run, int co
     } else {
       KvRows rows;
       page_rows(c, run, first, n, &rows);
-      attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
+      if (t.queries == 1 && c.rounding && has_int8_dot(l)) decode_int8(rows, Query{x->query, group}, d, s, fetch);
+      else attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
     }
   }
 }
