@@ -56,6 +56,13 @@ def span_of(method: Method, engine: Engine, prompt: int) -> Span:
     return public if fits else span(private=True)
 
 
+def _shares_nothing(method: Method, span: Span) -> bool:
+    """Whether the request's pages hold something else than full attention's keys from the start."""
+    chosen = method.retention or method.retrieval
+    cut = span.private and span.first_cut is not None
+    return chosen is not None and (chosen.bounded or cut)
+
+
 def published_tokens(method: Method, span: Span) -> int | None:
     """Tokens whose full pages may be published to the prefix cache; None: all.
 
@@ -63,10 +70,9 @@ def published_tokens(method: Method, span: Span) -> int | None:
     """
     if method.is_plain:
         return None
-    bounded = (method.retention or method.retrieval).bounded  # type: ignore[union-attr]
-    if bounded or (span.private and span.first_cut is not None):
+    if _shares_nothing(method, span):
         return 0
-    return span.prompt
+    return min(span.prompt, method.prefill.exact) if method.prefill else span.prompt
 
 
 def readable_tokens(method: Method, span: Span) -> int | None:
@@ -74,11 +80,10 @@ def readable_tokens(method: Method, span: Span) -> int | None:
 
     The queries that a method looks at must be computed, so the prompt's last ones are not taken.
     """
-    if method.is_plain:
-        return None
     chosen = method.retention or method.retrieval
-    assert chosen is not None
-    if chosen.NEEDS_EVERY_QUERY or published_tokens(method, span) == 0:
+    if chosen is None:
+        return None
+    if chosen.NEEDS_EVERY_QUERY or _shares_nothing(method, span):
         return 0
     observed = getattr(chosen, "window", 1) if method.retention else 1
     return max(0, span.prompt - max(1, observed))

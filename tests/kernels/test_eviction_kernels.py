@@ -81,7 +81,7 @@ def test_only_chosen_pages_are_read(policy: str, seed: int) -> None:
     pages = torch.zeros(2, 2, 5, dtype=torch.int32)
     for head in range(2):
         pages[0, head, :3] = torch.tensor(sorted(rng.choice(5, 3, replace=False)))
-    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32))
+    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32), torch.arange(2).int())
     outputs = _attend_both(setup, batch, supported_isas()[0], each=[{"reads": reads}] * 2)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     everything = _attend_both(setup, batch, supported_isas()[0], each=[{}] * 2)[0]
