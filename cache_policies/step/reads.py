@@ -57,6 +57,13 @@ def sparse_choice(
     return Choice(seq, blocks, chosen, count)
 
 
+def unread_pages(choice: Choice, pages: int, fresh: int) -> torch.Tensor:
+    """Store pages that the step's queries do not read, summed over queries and KV heads."""
+    assert choice.blocks is not None
+    queries = torch.tensor([min(QUERY_BLOCK, fresh - b * QUERY_BLOCK) for b in choice.blocks])
+    return ((pages - choice.count).sum(1) * queries).sum()
+
+
 def reads_of(choices: list[Choice], fresh: list[int], heads: int) -> Reads | None:
     """Lists for the kernel.
 

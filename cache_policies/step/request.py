@@ -15,6 +15,8 @@ import torch
 from cache_policies.pages.plan import Plan, Span
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
 
@@ -129,6 +131,31 @@ class LayerState:
 
 
 @dataclass
+class Reading:
+    """How much of the store a prompt's queries read, for methods that read a part.
+
+    Attributes:
+        report: called with pages read and pages there were, summed over queries, KV heads and
+            layers, when the prompt is complete; None: nobody asks.
+        possible: pages there were so far.
+        unread: of those, pages not read.
+
+    """
+
+    report: Callable[[float, float], None] | None = None
+    possible: int = 0
+    unread: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def add(self, possible: int, unread: torch.Tensor | None, *, last: bool) -> None:
+        """Count one layer of a step; ``last``: the prompt is complete with it."""
+        self.possible += possible
+        if unread is not None:
+            self.unread = self.unread + unread
+        if last and self.report is not None:
+            self.report(self.possible - float(self.unread), self.possible)
+
+
+@dataclass
 class RequestState:
     """A request whose method is not plain.
 
@@ -137,6 +164,7 @@ class RequestState:
         span: its token arithmetic.
         computed: tokens computed so far.
         layers: per layer index.
+        reading: how much of the store the prompt's queries read.
 
     """
 
@@ -144,6 +172,7 @@ class RequestState:
     span: Span
     computed: int = 0
     layers: defaultdict[int, LayerState] = field(default_factory=lambda: defaultdict(LayerState))
+    reading: Reading = field(default_factory=Reading)
 
     def advance(self, before: int, after: int) -> None:
         """Note a step; a request that starts over forgets what it knew.
@@ -155,6 +184,7 @@ class RequestState:
         """
         if before != self.computed or before == 0:
             self.layers.clear()
+            self.reading = Reading(self.reading.report)
             if before and not self._may_begin_at(before):
                 raise RuntimeError(
                     f"a request under {self.method} continues at token {before}, but this worker "

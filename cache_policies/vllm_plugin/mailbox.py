@@ -32,8 +32,7 @@ class Mailbox:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
             file.truncate(SLOTS * 16)
             self._table: Any = np.memmap(file, np.float64, "r+", shape=(SLOTS, 2))
         self._free = list(range(SLOTS - 1, -1, -1))
@@ -59,19 +58,23 @@ class Mailbox:
         read, possible = self._table[slot]
         return float(read / possible) if possible else None
 
-    def remove(self) -> None:
-        """Delete the file; processes that have it mapped go on."""
-        self.path.unlink(missing_ok=True)
+
+def _path(vllm_config: VllmConfig) -> Path:
+    engine = f"{vllm_config.instance_id}-{vllm_config.parallel_config.data_parallel_index}"
+    return Path(tempfile.gettempdir()) / f"kvthrift-{os.getuid()}-{engine}.mailbox"
 
 
-@lru_cache(maxsize=16)
-def _mailbox(instance: str) -> Mailbox:
-    return Mailbox(Path(tempfile.gettempdir()) / f"kvthrift-{os.getuid()}-{instance}.mailbox")
+_mailbox = lru_cache(maxsize=16)(Mailbox)
 
 
 def mailbox_of(vllm_config: VllmConfig) -> Mailbox:
     """The mailbox of an engine: the same file in each of its processes on this machine."""
-    return _mailbox(vllm_config.instance_id)
+    return _mailbox(_path(vllm_config))
+
+
+def remove_mailbox(vllm_config: VllmConfig) -> None:
+    """Delete the file, if there is one; processes that have it mapped go on."""
+    _path(vllm_config).unlink(missing_ok=True)
 
 
 def slot_of(sampling_params: SamplingParams | None) -> int | None:
