@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PLAIN, _INT8, _AFFINE = range(3)
-MAX_GROUP_HEADS = 192  # query heads of one KV head; rows of a task in attend.h
+MAX_GROUP_HEADS = 192  # query heads of one KV head; rows of a task in src/step/task.h
 
 
 def supported_isas() -> list[str]:

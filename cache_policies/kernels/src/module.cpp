@@ -5,11 +5,12 @@
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "layout.h"
+#include "call.h"
 
 namespace nb = nanobind;
 
@@ -103,7 +104,7 @@ class Layer {
     set_tensors(key, key_stride, value, value_stride, num_threads);
     call_.query = {address<char>(query), query_stride};
     call_.output = {address<char>(output), output_stride};
-    kernels_.attend(call_);
+    if (!kernels_.attend(call_)) throw std::bad_alloc();
   }
 
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {

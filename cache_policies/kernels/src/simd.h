@@ -225,3 +225,4 @@ KV_INLINE fw fw_exp2(fw x) {
 KV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
 KV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
 KV_INLINE float max_float(float a, float b) { return a > b ? a : b; }
+KV_INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }

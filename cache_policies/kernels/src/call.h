@@ -1,5 +1,5 @@
 // What the kernels know of a page, a batch and the tensors of one call. Filled from Python,
-// where cache_policies/page.py declares the fields and cache_policies/plan.py the counts.
+// where cache_policies/pages/layout.py declares the fields and cache_policies/pages/plan.py the counts.
 #pragma once
 #include <cstdint>
 
@@ -91,7 +91,7 @@ struct Call {
 };
 
 struct Kernels {
-  void (*attend)(const Call&);
+  bool (*attend)(const Call&);  // false: no memory
   void (*append)(Call&);
   // Of the batch's only sequence: tokens index[head][0 .. count) -> key and value
   // [num_kv_heads, count, head_size]; index null: tokens 0 .. count.
@@ -101,23 +101,5 @@ struct Kernels {
 };
 
 inline int64_t item_bytes(Dtype d) { return d == Dtype::f32 ? 4 : d == Dtype::s8 ? 1 : 2; }
-
-// Byte and bit of a packed code; the layout is documented in codecs/packing.py.
-struct CodeSlot {
-  int64_t byte;
-  int shift;
-};
-inline CodeSlot key_slot(int token, int channel, int bits, int head_size) {
-  const int per_byte = 8 / bits, vec = token % 32 / 8;
-  const int64_t block = int64_t(token / 32) * (head_size / 4) + channel / 4;
-  return {(block * (bits / 2) + vec / per_byte) * 32 + token % 8 * 4 + channel % 4,
-          vec % per_byte * bits};
-}
-inline CodeSlot value_slot(int token, int channel, int bits, int page_tokens) {
-  const int per_byte = 8 / bits, vec = token % 16 / 4;
-  const int64_t block = int64_t(channel / 8) * (page_tokens / 16) + token / 16;
-  return {(block * (bits / 2) + vec / per_byte) * 32 + channel % 8 * 4 + token % 4,
-          vec % per_byte * bits};
-}
 
 }  // namespace kvthrift

@@ -3,6 +3,10 @@
 // `madd` for int16, and `maddubs`, whose 16-bit sums must not overflow.
 #pragma once
 
+#include "simd.h"
+
+enum { MAX_GROUPS = 16 };  // of channels of a head
+
 typedef __m256i i8v;
 // Keeps a running sum in its register: GCC otherwise regroups the integer additions of an
 // unrolled loop into a tree, and spills its leaves.

@@ -1,2 +1,2 @@
 #define KV_ENTRY kernels_avx2
-#include "isa.inc"
+#include "kernels.inc"

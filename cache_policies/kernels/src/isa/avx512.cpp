@@ -1,2 +1,2 @@
 #define KV_ENTRY kernels_avx512
-#include "isa.inc"
+#include "kernels.inc"

@@ -2,16 +2,17 @@
 // denominators are known, so that no matrix of probabilities ever exists.
 #pragma once
 
-static Denominators make_denominators(const Call& c) {
-  if (!c.mass.first_query) return {nullptr, nullptr};
+#include "step/task.h"
+
+// the first of a sequence's queries whose mass is asked for, `first` [num_seqs]; returns their number
+static int64_t counted_queries(const Call& c, int64_t* first) {
   const Batch& b = c.batch;
-  int64_t* offset = (int64_t*)malloc(sizeof(int64_t) * size_t(b.num_seqs));
   int64_t queries = 0;
   for (int s = 0; s < b.num_seqs; s++) {
-    offset[s] = queries;
+    first[s] = queries;
     if (c.mass.out[s]) queries += max_int(0, b.query_start[s + 1] - b.query_start[s] - c.mass.first_query[s]);
   }
-  return {(float*)malloc(sizeof(float) * size_t(queries) * c.num_heads + 64), offset};
+  return queries;
 }
 
 enum class Part : int { store, ring, fresh };
@@ -86,21 +87,29 @@ static int mass_tiles(const Call& c, int seq, int head, MassTask* tasks) {
   return count;
 }
 
-static void count_mass(const Call& c, const Denominators& z) {
-  MassTask* tasks = nullptr;
+// tiles of all sequences into `tasks`, or only their number
+static int all_mass_tiles(const Call& c, MassTask* tasks) {
   int count = 0;
-  for (int fill = 0; fill < 2; fill++) {
-    count = 0;
-    for (int s = 0; s < c.batch.num_seqs; s++)
-      for (int h = 0; h < c.num_kv_heads && c.mass.out[s]; h++)
-        count += mass_tiles(c, s, h, fill ? tasks + count : nullptr);
-    if (!fill) tasks = (MassTask*)malloc(sizeof(MassTask) * size_t(count) + 64);
-  }
-#pragma omp parallel num_threads(c.num_threads) if (count > 1)
+  for (int s = 0; s < c.batch.num_seqs; s++)
+    for (int h = 0; h < c.num_kv_heads && c.mass.out[s]; h++)
+      count += mass_tiles(c, s, h, tasks ? tasks + count : nullptr);
+  return count;
+}
+
+// false: no memory
+static bool count_mass(const Call& c, const Denominators& z) {
+  const int count = all_mass_tiles(c, nullptr);
+  Array<MassTask> tasks(count);
+  if (!tasks.ok()) return false;
+  all_mass_tiles(c, tasks.data);
+  bool failed = false;
+#pragma omp parallel num_threads(c.num_threads) if (count > 1) reduction(|| : failed)
   {
     Scratch* x = thread_scratch();
+    failed = !x;
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < count; i++) mass_task(c, tasks[i], z, x);
+    for (int i = 0; i < count; i++)
+      if (x) mass_task(c, tasks[i], z, x);
   }
-  free(tasks);
+  return !failed;
 }

@@ -2,6 +2,8 @@
 // go into a lane at a time (`vdpbf16ps`). Its rounding, 2^-9 of a number, is far below that of the
 // codes; pages that hold more keep to float32.
 #pragma once
+
+#include "tile/tile.h"
 #if defined(__AVX512BF16__)
 
 struct TileBf16 {

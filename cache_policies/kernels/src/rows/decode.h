@@ -1,10 +1,8 @@
 // Decode: one query token, all query heads of a KV head, over pages as they are stored.
 #pragma once
 
-struct Query {
-  const float* data;  // [heads, head_size], already multiplied by the softmax scale
-  int heads;
-};
+#include "rows/rows.h"
+#include "tile/softmax.h"
 
 // ---- rows: plain and int8 pages, ring, fresh tokens --------------------------------------
 

@@ -2,6 +2,8 @@
 // Tokens are numbered through store, ring and fresh ones.
 #pragma once
 
+#include "step/append.h"
+
 static void read_stored(const Call& c, int head, int token, float* key, float* value) {
   const Layout& l = c.layout;
   const int d = l.head_size, n = l.page_tokens, slot = token % n;

@@ -1,6 +1,8 @@
 // Reading and writing rows of keys and values in any dtype.
 #pragma once
 
+#include "simd.h"
+
 template <class L, Dtype T>
 KV_INLINE typename L::Vec load_as(const char* row, int channel) {
   if (T == Dtype::f32) return L::load((const float*)row + channel);

@@ -1,2 +1,2 @@
 #define KV_ENTRY kernels_portable
-#include "isa.inc"
+#include "kernels.inc"

@@ -9,11 +9,13 @@
 // unsigned against their largest; codes are shifted to be signed, the shift going exactly
 // into the minimum.
 #pragma once
+
+#include "tile/softmax.h"
+
 #if defined(__AVX2__)
+#include "codes/dots.h"
 
-enum { MAX_GROUPS = 16, MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
-
-#include "dots.h"
+enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
 
 // Scales and minima of a page in float32, converted once for all query heads; minima are those
 // of shifted codes. What no token has written is not read: it may hold a NaN.

@@ -1,42 +1,9 @@
 // Softmax over store, ring and fresh tokens, split into tasks that keep all cores busy.
 #pragma once
 
-struct Task {
-  int seq, head;            // KV head
-  int query_from, queries;  // fresh query tokens, counted from the sequence's first
-  int page_from, page_to;   // among the store pages that are read
-  bool last;                // reads ring and fresh tokens too
-  int64_t partial;          // first row in the partial buffer, or -1: writes the output itself
-};
-
-struct Scratch {
-  Tile tile;
-#if defined(__AVX512BF16__)
-  TileBf16 bf16;
-#endif
-  alignas(64) float query[MAX_ROWS * 256], out[MAX_ROWS * 256], score[MAX_ROWS * TILE];
-  float top[MAX_ROWS], sum[MAX_ROWS];
-};
-
-// One for the life of each OpenMP thread: mapping it anew every step would cost page faults.
-static Scratch* thread_scratch() {
-  static thread_local Scratch* scratch = nullptr;
-  if (!scratch) scratch = (Scratch*)aligned_alloc(64, (sizeof(Scratch) + 63) / 64 * 64);
-  return scratch;
-}
-
-KV_INLINE int heads_per_query(const Call& c) { return c.num_heads / c.num_kv_heads; }
-
-static void load_queries(const Call& c, const Task& t, float* out) {
-  const int d = c.layout.head_size, group = heads_per_query(c);
-  for (int i = 0; i < t.queries; i++)
-    for (int g = 0; g < group; g++) {
-      float* row = out + int64_t(i * group + g) * d;
-      const int64_t token = c.batch.query_start[t.seq] + t.query_from + i;
-      load_row(tensor_row(c, c.query, token, t.head * group + g), c.dtype, d, row);
-      for (int j = 0; j < d; j++) row[j] *= c.scale * 1.44269504088896341f;  // log2(e)
-    }
-}
+#include "codes/decode.h"
+#include "rows/decode.h"
+#include "step/mass.h"
 
 static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int causal_from, Scratch* x,
                         Softmax* s, Fetch* fetch) {
@@ -103,12 +70,6 @@ static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) 
   }
 }
 
-// log2 of the softmax denominators of the queries whose mass is asked for
-struct Denominators {
-  float* log2;             // [queries of all sequences, num_heads]
-  const int64_t* offset;   // [num_seqs] first query of a sequence
-};
-
 static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
@@ -170,14 +131,6 @@ static void join_task(const Call& c, const Task* t, int splits, Scratch* x, cons
   write_output(c, *t, &s, z);
 }
 
-#include "mass.h"
-
-static Task* grow(Task* tasks, int count, int* capacity) {
-  if (count < *capacity) return tasks;
-  *capacity = *capacity ? *capacity * 2 : 256;
-  return (Task*)realloc(tasks, sizeof(Task) * size_t(*capacity));
-}
-
 // work of a task, in query rows x tokens
 static double work(const Call& c, int seq, int queries) {
   const double pages = c.store_pages(seq, 0);
@@ -185,18 +138,20 @@ static double work(const Call& c, int seq, int queries) {
   return tokens * queries * heads_per_query(c);
 }
 
-static void attend(const Call& c) {
-  const Layout& l = c.layout;
+struct Tasks {
+  int count;
+  int64_t partial_rows;
+};
+
+// tasks of all sequences into `tasks`, or only their number
+static Tasks split_work(const Call& c, Task* tasks) {
   const Batch& b = c.batch;
   const int group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
   double total = 0;
   for (int s = 0; s < b.num_seqs; s++)
     total += work(c, s, b.query_start[s + 1] - b.query_start[s]) * c.num_kv_heads;
   const double target = total / (c.num_threads * 6.0);  // a task's share, so that cores end together
-
-  Task* tasks = nullptr;
-  int count = 0, capacity = 0;
-  int64_t partial_rows = 0;
+  Tasks n = {0, 0};
   for (int s = 0; s < b.num_seqs; s++) {
     const int fresh = b.query_start[s + 1] - b.query_start[s];
     const int pages = c.store_pages(s, 0);  // every head reads as many
@@ -205,33 +160,44 @@ static void attend(const Call& c) {
       const int wanted = c.num_threads > 1 ? int(work(c, s, queries) / target) : 1;
       const int splits = max_int(1, min_int(wanted, pages / 2));
       for (int h = 0; h < c.num_kv_heads; h++)
-        for (int i = 0; i < splits; i++) {
-          tasks = grow(tasks, count, &capacity);
-          const int64_t partial = splits > 1 ? partial_rows : -1;
-          tasks[count++] = Task{s, h, q, queries, pages * i / splits, pages * (i + 1) / splits,
-                                i == splits - 1, partial};
-          if (splits > 1) partial_rows += queries * group;
+        for (int i = 0; i < splits; i++, n.count++) {
+          const int64_t partial = splits > 1 ? n.partial_rows : -1;
+          if (tasks)
+            tasks[n.count] = Task{s, h, q, queries, pages * i / splits, pages * (i + 1) / splits, i == splits - 1, partial};
+          if (splits > 1) n.partial_rows += queries * group;
         }
     }
   }
-  float* partial = (float*)malloc(sizeof(float) * size_t(partial_rows) * (l.head_size + 2) + 64);
-  const Denominators z = make_denominators(c);
-#pragma omp parallel num_threads(c.num_threads)
+  return n;
+}
+
+// false: no memory
+static bool attend(const Call& c) {
+  const Tasks n = split_work(c, nullptr);
+  const bool counts = c.mass.first_query != nullptr;
+  Array<Task> tasks(n.count);
+  Array<float> partial(n.partial_rows * (c.layout.head_size + 2));
+  Array<int64_t> offset(counts ? c.batch.num_seqs : 0);
+  if (!tasks.ok() || !partial.ok() || !offset.ok()) return false;
+  split_work(c, tasks.data);
+  Array<float> log2(counts ? counted_queries(c, offset.data) * c.num_heads : 0);
+  if (!log2.ok()) return false;
+  const Denominators z = {counts ? log2.data : nullptr, offset.data};
+  bool failed = false;
+#pragma omp parallel num_threads(c.num_threads) reduction(|| : failed)
   {
     Scratch* x = thread_scratch();
+    failed = !x;
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < count; i++) run_task(c, tasks[i], x, partial, z);
+    for (int i = 0; i < n.count; i++)
+      if (x) run_task(c, tasks[i], x, partial.data, z);
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < count; i++)
-      if (tasks[i].partial >= 0 && tasks[i].page_from == 0) {
+    for (int i = 0; i < n.count; i++)
+      if (x && tasks[i].partial >= 0 && tasks[i].page_from == 0) {
         int splits = 1;
         while (!tasks[i + splits - 1].last) splits++;
-        join_task(c, tasks + i, splits, x, partial, z);
+        join_task(c, tasks.data + i, splits, x, partial.data, z);
       }
   }
-  if (z.log2) count_mass(c, z);
-  free(z.log2);
-  free(const_cast<int64_t*>(z.offset));
-  free(partial);
-  free(tasks);
+  return !failed && (!counts || count_mass(c, z));
 }
