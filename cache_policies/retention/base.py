@@ -90,8 +90,8 @@ class QueryStatistics:
 
     def add(self, query: torch.Tensor, first: int) -> None:
         """Count ``query`` ``[n, num_heads, head_size]``, rotated, at positions ``first ..``."""
-        position = torch.arange(first, first + query.shape[0])
-        plain = self.rope.rotate(query.float().transpose(0, 1), -position)
+        position = torch.arange(first, first + query.shape[0], device=query.device)
+        plain = self.rope.undo(query.float().transpose(0, 1), position)
         self.count += query.shape[0]
         self.total = self.total + plain.sum(1)
         self.square = self.square + plain.transpose(1, 2) @ plain

@@ -190,5 +190,5 @@ def _move_sinks(
     sinks = int((position[0] < retention.protected_tokens).sum())
     if known.sinks is None:
         known.sinks = key[:, :sinks].clone()
-    moved = layer.rope.rotate(known.sinks, torch.full((sinks,), dropped))
+    moved = layer.rope.turn_on(known.sinks, torch.full((sinks,), dropped, device=key.device))
     return torch.cat([moved, key[:, sinks:]], 1)

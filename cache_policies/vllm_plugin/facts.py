@@ -53,6 +53,11 @@ class KVCacheFacts:
         return {k: v for k, v in asdict(self).items() if v is not None or k != "read_share"}
 
 
+def processed_tokens(request: Request) -> int:
+    """Tokens of a request that passed through the model, without those of a step under way."""
+    return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+
+
 def facts_of(
     managers: Sequence[RingStoreManager], request: Request, hit: int, read_share: float | None
 ) -> KVCacheFacts:
@@ -65,7 +70,7 @@ def facts_of(
         read_share: as in ``KVCacheFacts``.
 
     """
-    computed, first = request.num_computed_tokens, managers[0]
+    computed, first = processed_tokens(request), managers[0]
     pages = [m.owned_pages(request.request_id) for m in managers]
     used = sum(n * m.page_bytes for n, m in zip(pages, managers, strict=True))
     whole = computed * sum(m.half_bytes_per_token for m in managers)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import signal
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loadtest.commands.display import waiting
 from loadtest.commands.exporter import Exporter, exporter
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.run import console, finish, run_once, safe_names
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
-from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
+from loadtest.hide import public_url, read_key
 from loadtest.measuring.goodput import Goals
 from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
 from loadtest.sending.client import ENDPOINTS, Target, find_target, wait_for_server
 from loadtest.workloads import WORKLOADS, parse_workload
+from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from loadtest.measuring.summary import Summary
@@ -47,6 +52,7 @@ ErrorRate = Annotated[
 ]
 GoodputText = Annotated[str | None, typer.Option("--goodput", help="goals, e.g. ttft:2s,tpot:80ms")]
 Interval = Annotated[float, typer.Option(min=0.05, help="seconds between scrapes")]
+OWN_FIELDS = {"model", "prompt", "messages", "stream", "stream_options"}
 DEFAULT_WORKLOAD = "passkey"
 DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
 
@@ -58,6 +64,7 @@ def register(app: typer.Typer) -> None:
         compare
     )
     app.command()(report)
+    app.command()(canary)
 
 
 def loadtest(
@@ -77,6 +84,9 @@ def loadtest(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
     ] = None,
+    keep_thinking: Annotated[
+        bool, typer.Option(help="write down the text of a model's thinking too")
+    ] = False,
     tokenizer: Annotated[
         str, typer.Option(help="server, approximate, or a folder or hub name")
     ] = "server",
@@ -137,11 +147,12 @@ def loadtest(
     )
     extra = _extra(extra_body, cache_policy)
     if wait:
-        with console.status(f"waiting for {url}"):
-            wait_for_server(url, wait)
+        with waiting(console, f"waiting for {public_url(url)}") as note:
+            wait_for_server(url, wait, note)
     target = find_target(
-        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra, timeout=timeout
-    )
+        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra,
+        timeout=timeout, keep_thinking=keep_thinking,
+    )  # fmt: skip
     _make_folder(out)
     with exporter(serve_metrics) as export:
         if search:
@@ -168,8 +179,8 @@ def _loads(
     done: list[Summary] = []
     folders: list[Path] = []
     status = 0
-    for load in loads:
-        folder = out if len(loads) == 1 else out / safe_name(str(load))
+    for load, name in zip(loads, safe_names([str(load) for load in loads]), strict=True):
+        folder = out if len(loads) == 1 else out / name
         folder.mkdir(parents=True, exist_ok=True)
         one = replace(settings, arrivals=load)
         summary, code = run_once(one, target, folder, warm_cache=warm_cache, export=export)
@@ -242,6 +253,49 @@ def report(
     console.print(f"report: {write_report(runs, out, title)}", soft_wrap=True, highlight=False)
 
 
+def canary(
+    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server")],
+    model: Annotated[str | None, typer.Option(help="served model (default: the first)")] = None,
+    every: Annotated[float, typer.Option(min=1, help="seconds from round to round")] = 300.0,
+    rounds: Annotated[int, typer.Option(min=0, help="how many; 0: until stopped")] = 0,
+    lengths: Annotated[
+        str | None, typer.Option(help="tokens of the texts, e.g. 500|2000 (default: those, if fit)")
+    ] = None,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="share of keys below which the exit status is 1")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="of the first round (default: the time)")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds a request may take")] = 120.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for a server that starts")
+    ] = 0.0,
+    serve_metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus finds kvthrift_canary_*")
+    ] = None,
+) -> None:
+    """Ask a server for hidden keys every few minutes, and watch its answers for loops."""
+    from loadtest.commands import canary as birds
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if wait:
+        wait_for_server(url, wait)
+    target = find_target(url, model, api_key=_api_key(api_key_file), timeout=timeout)
+    sizes = birds.read_lengths(lengths, target)
+    with birds.gauges(target, every, serve_metrics) as shown:
+
+        def show(done: birds.Round) -> None:
+            shown.show(done)
+            console.print(done.line(), highlight=False, soft_wrap=True)
+
+        first = int(time.time()) if seed is None else seed
+        done = birds.watch(target, sizes, every=every, rounds=rounds, seed=first, show=show)
+    if any(r.failed or (r.found or 0.0) < at_least for r in done):
+        raise typer.Exit(SOME_FAILED)
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,21 +312,47 @@ def _pattern(text: str) -> str:
 
 
 def _extra(text: str | None, policy: str | None) -> dict[str, Any]:
+    """What is added to each request's body.
+
+    Raises:
+        LoadTestError: not an object, or it sets what the load test sets itself.
+
+    """
     try:
-        extra = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise LoadTestError(f"--extra-body is not JSON: {error}") from None
+        extra = strict_json(text) if text else {}
+    except ValueError as error:
+        raise LoadTestError(f"--extra-body is {error}") from None
     if not isinstance(extra, dict):
         raise LoadTestError("--extra-body is not a JSON object")
+    if own := sorted(OWN_FIELDS & extra.keys()):
+        raise LoadTestError(f"--extra-body: {', '.join(own)}: the load test sets this itself")
     if policy:
-        extra["vllm_xargs"] = {**extra.get("vllm_xargs", {}), "cache_policy": policy}
+        extra["vllm_xargs"] = {**_xargs(extra, policy), "cache_policy": policy}
     return extra
+
+
+def _xargs(extra: dict[str, Any], policy: str) -> dict[str, Any]:
+    given = extra.get("vllm_xargs")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise LoadTestError("--extra-body: vllm_xargs is not a JSON object")
+    if given.get("cache_policy", policy) != policy:
+        other = given["cache_policy"]
+        raise LoadTestError(f"--extra-body: cache_policy is {other!r}, --cache-policy {policy!r}")
+    return given
 
 
 def _api_key(file: Path | None) -> str | None:
     if file is None:
-        return os.environ.get("OPENAI_API_KEY")
+        return read_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
     try:
-        return file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise LoadTestError(f"--api-key-file {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LoadTestError(f"--api-key-file {file}: not a text") from None
+    key = read_key(text, f"--api-key-file {file}")
+    if key is None:
+        raise LoadTestError(f"--api-key-file {file}: there is no key in it")
+    return key

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +15,13 @@ from rich.markup import escape
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse
+from loadtest.commands.display import waiting
 from loadtest.commands.process import ServerError, running_server
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.run import console, finish, run_once, safe_name, safe_names
 from loadtest.commands.session import Settings, complete
 from loadtest.errors import SOME_FAILED, LoadTestError
 from loadtest.files import SUMMARY
+from loadtest.hide import public_arguments, read_key
 from loadtest.measuring.summary import Summary
 from loadtest.sending.client import find_target
 
@@ -89,6 +94,11 @@ class Comparison:
             LoadTestError: nothing to compare, a bad policy or memory.
 
         """
+        if any(flag.partition("=")[0] == "--api-key" for flag in flags):
+            raise LoadTestError(
+                "--api-key would show the key to everybody on this machine; set VLLM_API_KEY, or "
+                "nothing: the servers listen on loopback only"
+            )
         number, unit = memory[:-1], memory[-1:].upper()
         if unit not in UNITS or not number.isdigit():
             raise LoadTestError(f"--memory {memory!r}: a whole number followed by K, M or G")
@@ -100,6 +110,9 @@ class Comparison:
             rows.insert(0, Variant(STOCK, None, None))
         if not rows:
             raise LoadTestError("nothing to compare: give --policy, or --stock")
+        twice = [str(a) for a, n in Counter(map(str, arrivals)).items() if n > 1]
+        if twice:
+            raise LoadTestError(f"--arrivals {twice[0]} is given twice")
         variants = tuple(dict.fromkeys(rows))
         bytes_ = int(number) * UNITS[unit]
         return cls(model, variants, bytes_, tuple(flags), settings, tuple(arrivals), timeout)
@@ -110,7 +123,7 @@ class Comparison:
         return {
             "model": self.model,
             "memory_bytes": self.memory,
-            "flags": list(self.flags),
+            "flags": public_arguments(list(self.flags)),
             "workload": str(self.settings.workload),
             "seed": self.settings.seed,
             "goals": self.settings.goals.limits if self.settings.goals else None,
@@ -125,8 +138,11 @@ class Comparison:
 
     def folder(self, out: Path, variant: Variant, arrivals: Arrivals) -> Path:
         """Where a run is kept."""
-        name = safe_name(variant.label)
-        return out / (name if len(self.arrivals) == 1 else f"{name}@{safe_name(str(arrivals))}")
+        labels = [v.label for v in self.variants]
+        name = safe_names(labels)[self.variants.index(variant)]
+        loads = safe_names([str(a) for a in self.arrivals])
+        load = loads[self.arrivals.index(arrivals)]
+        return out / (name if len(self.arrivals) == 1 else f"{name}@{load}")
 
     def arguments(self, policy: str | None) -> list[str]:
         """What follows ``kvthrift serve``."""
@@ -200,18 +216,15 @@ def _serve(
     name = policy or STOCK
     log = out / f"server-{safe_name(name)}.log"
     status = 0
-    with console.status(f"{name}: starting the server") as note:
-
-        def waiting(seconds: float) -> None:
-            note.update(f"{name}: starting the server, {seconds:.0f} s")
-
-        with running_server(comparison.arguments(policy), log, on_wait=waiting) as server:
-            note.stop()
-            for variant, arrivals, folder in work:
-                code = _run(comparison, variant, arrivals, folder, server)
-                status = status or code
-                if code > SOME_FAILED:
-                    return code
+    with ExitStack() as stack:
+        with waiting(console, f"{name}: starting the server") as note:
+            started = running_server(comparison.arguments(policy), log, on_wait=note)
+            server = stack.enter_context(started)
+        for variant, arrivals, folder in work:
+            code = _run(comparison, variant, arrivals, folder, server)
+            status = status or code
+            if code > SOME_FAILED:
+                return code
     return status
 
 
@@ -219,7 +232,9 @@ def _run(
     comparison: Comparison, variant: Variant, arrivals: Arrivals, folder: Path, server: Server
 ) -> int:
     method = {"vllm_xargs": {"cache_policy": variant.method}} if variant.method else {}
-    target = find_target(server.url, None, extra=method, timeout=comparison.timeout)
+    # the server takes its key from the environment too
+    key = read_key(os.environ.get("VLLM_API_KEY", ""), "VLLM_API_KEY")
+    target = find_target(server.url, None, extra=method, timeout=comparison.timeout, api_key=key)
     folder.mkdir(parents=True, exist_ok=True)
     settings = replace(
         comparison.settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 from dataclasses import replace
@@ -15,6 +16,7 @@ from loadtest.commands import display
 from loadtest.commands.session import build_items, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from loadtest.commands.exporter import Exporter
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from loadtest.measuring.summary import Summary
     from loadtest.sending.client import Target
 
+LONGEST_NAME = 100
 console = Console()
 
 
@@ -35,7 +38,7 @@ def run_once(
 ) -> tuple[Summary, int]:
     """Measure once, with a live line, into a folder."""
     salt = None if warm_cache else secrets.token_hex(8)
-    with console.status("making prompts"):
+    with display.waiting(console, f"{settings.label}: making prompts"):
         items = build_items(settings, target)
     with display.live(console, settings.label) as watch:
         shown = export.beside(settings, watch) if export else watch
@@ -63,4 +66,22 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
 
 def safe_name(text: str) -> str:
     """A folder name that says what a run was."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def safe_names(texts: Sequence[str]) -> list[str]:
+    """A folder name for each, no two alike: ``x``, ``x-2`` where a text comes again."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = first = safe_name(text)
+        number = 1
+        while name.casefold() in taken:  # some file systems know no case
+            number += 1
+            name = f"{first}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found

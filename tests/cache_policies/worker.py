@@ -17,7 +17,9 @@ from cache_policies.step.step import Step
 
 PAGE, HEADS, KV_HEADS, SIZE = 128, 6, 2, 64
 SCALE = SIZE**-0.5
-ROPE = Rope(SIZE, 10000.0)
+THETA = 10000.0
+_ANGLES = torch.arange(4096).double()[:, None] * THETA ** (-torch.arange(0, SIZE, 2) / SIZE)
+ROPE = Rope(torch.cat([_ANGLES.cos(), _ANGLES.sin()], 1).float(), SIZE)
 
 
 class Text:
