@@ -185,8 +185,8 @@ def _combined(text: str, methods: list[Method]) -> Method:
     for several in (prefills, others):
         if len(several) > 1:
             raise PolicyError(
-                f"cache policy {text!r}: {several[0]} and {several[1]} cannot be combined; only one "
-                f"retention or retrieval method and one {', '.join(PREFILL)} can be given"
+                f"cache policy {text!r}: {several[0]} and {several[1]} cannot be combined; only "
+                f"one retention or retrieval method and one {', '.join(PREFILL)} can be given"
             )
     method = others[0] if others else Method()
     if not prefills:
