@@ -20,7 +20,7 @@ from server.api.names import parse_aliases
 from server.api.plugin import MAX_BODY, engine_died
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
-from server.startup import choose_threads, explain, refuse_machine, size_cache
+from server.startup import choose_threads, explain, misspelt, refuse_machine, size_cache
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
@@ -171,8 +171,11 @@ def run(argv: list[str]) -> None:
     parser.set_defaults(gpu_memory_utilization=None)  # to see whether it is given
     args = parser.parse_args(argv)
     on_cpu = current_platform.is_cpu()
+    logger = init_logger("vllm.kvthrift.serve")
     if on_cpu:
-        init_logger("vllm.kvthrift.serve").info(choose_threads(len(os.sched_getaffinity(0))))
+        logger.info(choose_threads(len(os.sched_getaffinity(0))))
+    for text in misspelt(os.environ):
+        logger.warning(text)
     size_cache(args, utilization, on_cpu=on_cpu)
     try:
         args = configure(args)

@@ -13,25 +13,23 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loadtest.commands.exporter import served
-from loadtest.commands.session import choose_tokenizer
 from loadtest.errors import LoadTestError
 from loadtest.quality import score
 from loadtest.quality.loops import looped
 from loadtest.sending.client import Client, new_record
 from loadtest.workloads import Item
 from loadtest.workloads.passkey import Passkey
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.text import Filler, sentences
+from loadtest.workloads.tokens import ApproximateTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from loadtest.sending.client import Target
     from loadtest.sending.records import Record
-    from loadtest.workloads.tokens import Tokenizer
 
 USUAL = (500, 2000)  # tokens of a text
 DIGITS = 7
@@ -39,7 +37,7 @@ DEPTHS = (0.1, 0.9)
 ANSWER = 200  # tokens of a text that goes on: a loop shows after a hundred
 # greedy decoding makes small models loop whatever their cache holds
 SAMPLED = {"temperature": 0.7}
-ROOM = 120  # tokens of a passkey's instruction, question and answer
+SHARE = 0.8  # of what the server takes: tokens are counted roughly
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_lengths(text: str | None, target: Target) -> tuple[int, ...]:
         LoadTestError: no lengths, or too long for the server.
 
     """
-    room = (target.longest or 1 << 30) - max(ROOM, ANSWER)
+    room = int(SHARE * (target.longest or 1 << 30)) - ANSWER
     if text is None:
         return tuple(x for x in USUAL if x <= room) or (max(32, room),)
     parts = text.split("|")
@@ -89,23 +87,28 @@ def read_lengths(text: str | None, target: Target) -> tuple[int, ...]:
     lengths = tuple(int(part) for part in parts)
     if max(lengths) > room:
         raise LoadTestError(
-            f"--lengths {text}: the server takes {target.longest} tokens, with question and answer "
-            f"texts of {room}"
+            f"--lengths {text}: the server takes {target.longest} tokens; with an answer of "
+            f"{ANSWER}, and as texts are counted roughly, at most {room}"
         )
     return lengths
 
 
-def items(tokenizer: Tokenizer, lengths: Sequence[int], seed: int) -> tuple[list[Item], list[Item]]:
-    """Passkeys, and texts to go on with; others for every seed, so that no cache holds them."""
+def items(lengths: Sequence[int], seed: int) -> tuple[list[Item], list[Item]]:
+    """Passkeys, and texts to go on with; others for every seed, so that no cache holds them.
+
+    Tokens are counted as four characters: a server that is away for a while stops no round.
+    """
+    tokenizer = ApproximateTokenizer()
     keys = Passkey(lengths=tuple(lengths), depths=DEPTHS, digits=(DIGITS,), texts=("noise",))
     found = [
         replace(item, prompt=f"Round {seed}. {item.prompt}", id=f"canary-{seed}-{item.id}")
         for item in keys.items(tokenizer, seed, None)
     ]
+    filler = Filler(sentences("essay", f"canary-{seed}"), tokenizer)
     told = [
         Item(
             id=f"canary-{seed}-text-{length}", task="text", category="canary", max_tokens=ANSWER,
-            prompt=" ".join(fill(sentences("essay", f"canary-{seed}"), length, tokenizer)),
+            prompt=" ".join(filler.sentences(length)),
         )
         for length in lengths
     ]  # fmt: skip
@@ -146,17 +149,6 @@ def _bad(record: Record) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-class Remembered:
-    """A tokenizer that is asked for each text once: a server that is away stops no round."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._count = cache(lambda text: tokenizer.count([text])[0])
-        self.cut_middle = tokenizer.cut_middle
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [self._count(text) for text in texts]
 
 
 class Gauges:
@@ -226,12 +218,10 @@ def watch(
         show: called with each.
 
     """
-    name = "server" if target.is_vllm else "approximate"
-    tokenizer = Remembered(choose_tokenizer(name, target))
     done: list[Round] = []
     while not rounds or len(done) < rounds:
         begin = time.monotonic()
-        keys, texts = items(tokenizer, lengths, seed)
+        keys, texts = items(lengths, seed)
         found = asyncio.run(run_round(target, keys, texts))
         show(found)
         done = [*done, found] if rounds else []

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loadtest.commands.display import waiting
 from loadtest.commands.exporter import Exporter, exporter
+from loadtest.commands.given import read_api_key, read_extra, read_pattern
+from loadtest.commands.rows import ARGUMENTS, Ordered, by_model, options
 from loadtest.commands.run import console, finish, run_once, safe_names
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
-from loadtest.hide import public_url, read_key
+from loadtest.hide import public_url
 from loadtest.measuring.goodput import Goals
 from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
 from loadtest.sending.client import ENDPOINTS, Target, find_target, wait_for_server
 from loadtest.workloads import WORKLOADS, parse_workload
-from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from loadtest.measuring.summary import Summary
@@ -52,7 +51,6 @@ ErrorRate = Annotated[
 ]
 GoodputText = Annotated[str | None, typer.Option("--goodput", help="goals, e.g. ttft:2s,tpot:80ms")]
 Interval = Annotated[float, typer.Option(min=0.05, help="seconds between scrapes")]
-OWN_FIELDS = {"model", "prompt", "messages", "stream", "stream_options"}
 DEFAULT_WORKLOAD = "passkey"
 DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
 
@@ -60,9 +58,11 @@ DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
 def register(app: typer.Typer) -> None:
     """Add the commands to ``kvthrift``."""
     app.command()(loadtest)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        compare
-    )
+    app.command(
+        cls=Ordered,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        options_metavar="MODEL [OPTIONS] [--model MODEL [OPTIONS]]...",
+    )(compare)
     app.command()(report)
     app.command()(canary)
 
@@ -140,17 +140,17 @@ def loadtest(
         max_error_rate=max_error_rate,
         goals=Goals.parse(goodput) if goodput else None,
         metrics=tuple(metrics) if metrics else None,
-        metric_names=f"{USUAL}|{_pattern(metric_names)}" if metric_names else USUAL,
+        metric_names=f"{USUAL}|{read_pattern(metric_names)}" if metric_names else USUAL,
         interval=interval,
         pid=pid,
         resume=resume,
     )
-    extra = _extra(extra_body, cache_policy)
+    extra = read_extra(extra_body, cache_policy)
     if wait:
         with waiting(console, f"waiting for {public_url(url)}") as note:
             wait_for_server(url, wait, note)
     target = find_target(
-        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra,
+        url, model, endpoint=endpoint, api_key=read_api_key(api_key_file), extra=extra,
         timeout=timeout, keep_thinking=keep_thinking,
     )  # fmt: skip
     _make_folder(out)
@@ -195,11 +195,17 @@ def _loads(
 
 def compare(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="model to serve, as for kvthrift serve")],
-    policy: Annotated[
+    # these three are read in their order, by by_model
+    model: Annotated[  # noqa: ARG001
+        list[str] | None,
+        typer.Option(help="a further model; --policy and --stock after it are its own"),
+    ] = None,
+    policy: Annotated[  # noqa: ARG001
         list[str] | None, typer.Option("--policy", "-p", help="cache policy; one row each")
     ] = None,
-    stock: Annotated[bool, typer.Option(help="add vLLM's own cache as the first row")] = False,
+    stock: Annotated[  # noqa: ARG001
+        bool, typer.Option(help="add vLLM's own cache as the first row")
+    ] = False,
     workload: WorkloadText = DEFAULT_WORKLOAD,
     arrivals: ArrivalsText = DEFAULT_ARRIVALS,
     seed: Seed = 0,
@@ -214,16 +220,20 @@ def compare(
     """Serve MODEL under each policy in turn, run the same workload on each, compare.
 
     Policies that differ only in their method share a server. Further options go to the server
-    (--max-model-len 4096 ...). Runs that are already whole in --out are kept.
+    (--max-model-len 4096 ...). Runs that are already whole in --out are kept. Several models get
+    the same text; one without a policy is served with vLLM's own cache.
     """
     from loadtest.commands.compare import Comparison, run_comparison
 
+    first = next(iter(context.args[:1]), "-")
+    named = None if first.startswith("-") else first
+    asked = by_model(named, context.meta[ARGUMENTS])
+    if not asked:
+        raise LoadTestError("which model? Name it first, as for kvthrift serve, or with --model")
     comparison = Comparison.of(
-        model=model,
-        policies=list(policy or ()),
-        stock=stock,
+        **options(asked),
         memory=memory,
-        flags=list(context.args),
+        flags=context.args[1:] if named else list(context.args),
         settings=Settings(
             workload=parse_workload(workload),
             arrivals=parse_arrivals(arrivals[0]),
@@ -282,7 +292,7 @@ def canary(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if wait:
         wait_for_server(url, wait)
-    target = find_target(url, model, api_key=_api_key(api_key_file), timeout=timeout)
+    target = find_target(url, model, api_key=read_api_key(api_key_file), timeout=timeout)
     sizes = birds.read_lengths(lengths, target)
     with birds.gauges(target, every, serve_metrics) as shown:
 
@@ -301,58 +311,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoadTestError(f"cannot write {folder}: {error.strerror}", CANNOT_WRITE) from None
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise LoadTestError(f"--metric-names {text!r}: {error}") from None
-    return text
-
-
-def _extra(text: str | None, policy: str | None) -> dict[str, Any]:
-    """What is added to each request's body.
-
-    Raises:
-        LoadTestError: not an object, or it sets what the load test sets itself.
-
-    """
-    try:
-        extra = strict_json(text) if text else {}
-    except ValueError as error:
-        raise LoadTestError(f"--extra-body is {error}") from None
-    if not isinstance(extra, dict):
-        raise LoadTestError("--extra-body is not a JSON object")
-    if own := sorted(OWN_FIELDS & extra.keys()):
-        raise LoadTestError(f"--extra-body: {', '.join(own)}: the load test sets this itself")
-    if policy:
-        extra["vllm_xargs"] = {**_xargs(extra, policy), "cache_policy": policy}
-    return extra
-
-
-def _xargs(extra: dict[str, Any], policy: str) -> dict[str, Any]:
-    given = extra.get("vllm_xargs")
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise LoadTestError("--extra-body: vllm_xargs is not a JSON object")
-    if given.get("cache_policy", policy) != policy:
-        other = given["cache_policy"]
-        raise LoadTestError(f"--extra-body: cache_policy is {other!r}, --cache-policy {policy!r}")
-    return given
-
-
-def _api_key(file: Path | None) -> str | None:
-    if file is None:
-        return read_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LoadTestError(f"--api-key-file {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise LoadTestError(f"--api-key-file {file}: not a text") from None
-    key = read_key(text, f"--api-key-file {file}")
-    if key is None:
-        raise LoadTestError(f"--api-key-file {file}: there is no key in it")
-    return key

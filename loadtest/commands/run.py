@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loadtest.commands.session import Settings
     from loadtest.measuring.summary import Summary
     from loadtest.sending.client import Target
+    from loadtest.workloads import Item
 
 LONGEST_NAME = 100
 console = Console()
@@ -35,11 +36,13 @@ def run_once(
     *,
     warm_cache: bool = False,
     export: Exporter | None = None,
+    items: Sequence[Item] | None = None,
 ) -> tuple[Summary, int]:
-    """Measure once, with a live line, into a folder."""
+    """Measure once, with a live line, into a folder; without items, of the workload's own."""
     salt = None if warm_cache else secrets.token_hex(8)
-    with display.waiting(console, f"{settings.label}: making prompts"):
-        items = build_items(settings, target)
+    if items is None:
+        with display.waiting(console, f"{settings.label}: making prompts"):
+            items = build_items(settings, target)
     with display.live(console, settings.label) as watch:
         shown = export.beside(settings, watch) if export else watch
         try:
@@ -55,7 +58,8 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
     from loadtest.report import problems, read_runs, table, write_report
 
     setup = summaries[0].setup
-    console.print(table(summaries, f"{setup.model}, {setup.workload}"))
+    models = ", ".join(dict.fromkeys(s.setup.model for s in summaries))
+    console.print(table(summaries, f"{models}, {setup.workload}"))
     for summary in summaries:
         for problem in problems(summary):
             text = escape(f"{summary.setup.label}: {problem}")

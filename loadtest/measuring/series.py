@@ -59,6 +59,17 @@ def pools(samples: list[Sample]) -> dict[Engine, int]:
     return found
 
 
+def pool_bytes(samples: list[Sample]) -> int | None:
+    """Bytes of all engines' pools: as our servers measure them, or as stock vLLM was told."""
+    ours = {engine(s): int(s.value) for s in samples if s.name == POOL_BYTES}
+    configs = [s for s in samples if s.name == CACHE_CONFIG]
+    told = {engine(s): _digits(s, "kv_cache_memory_bytes") for s in configs}
+    if ours:
+        return sum(ours.values())
+    known = [size for size in told.values() if size]
+    return sum(known) if known and len(known) == len(told) else None
+
+
 def _digits(sample: Sample, label: str) -> int | None:
     text = sample.labels.get(label, "")
     return int(text) if text.isdecimal() else None

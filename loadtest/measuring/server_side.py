@@ -13,6 +13,7 @@ from loadtest.measuring.series import (
     by_name,
     increase,
     is_ratio,
+    pool_bytes,
     pools,
     restarts,
     series,
@@ -33,6 +34,8 @@ class ServerSide(BaseModel):
         scrapes, failed_scrapes: readings; a failed one is a gap.
         restarts: times at which counters fell between two readings.
         capacity_tokens: tokens the pools of all engines hold, as vLLM says.
+        capacity_bytes: bytes of the pools.
+        bytes_per_request: of them, by ``requests_that_fit``: cache memory of a request like these.
         kv_use_peak, kv_use_mean: share of the pools in use; the mean is over time.
         running_mean, waiting_peak: requests.
         requests_that_fit: requests like these that would fill the pool: running requests over
@@ -48,6 +51,8 @@ class ServerSide(BaseModel):
     failed_scrapes: int
     restarts: int = 0
     capacity_tokens: int | None
+    capacity_bytes: int | None = None
+    bytes_per_request: float | None = None
     kv_use_peak: float | None
     kv_use_mean: float | None
     running_mean: float | None
@@ -93,17 +98,21 @@ def server_side(samples: list[Sample], failed: int = 0) -> ServerSide | None:
 
     use, running = levels(scrape.KV_USE), levels(scrape.RUNNING)
     use_mean, running_mean = _over_time(use), _over_time(running)
+    fit = running_mean / use_mean if running_mean and use_mean else None
+    size = pool_bytes(config)
     queries, hits = (increase(samples, n) for n in (scrape.PREFIX_QUERIES, scrape.PREFIX_HITS))
     return ServerSide(
         scrapes=len({(s.source, s.time) for s in samples}),
         failed_scrapes=failed,
         restarts=restarts(samples),
         capacity_tokens=sum(pools(config).values()) or None,
+        capacity_bytes=size,
+        bytes_per_request=size / fit if size and fit else None,
         kv_use_peak=_peak(use),
         kv_use_mean=use_mean,
         running_mean=running_mean,
         waiting_peak=_peak(levels(scrape.WAITING)),
-        requests_that_fit=running_mean / use_mean if running_mean and use_mean else None,
+        requests_that_fit=fit,
         preemptions=increase(samples, scrape.PREEMPTIONS),
         prefix_hit_share=hits / queries if hits is not None and queries else None,
         rss_peak=_peak(levels(scrape.RSS)),

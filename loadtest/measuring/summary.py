@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from loadtest.measuring.estimates import Distribution, Estimate, distribution, mean
+from loadtest.measuring.estimates import Distribution, distribution
+from loadtest.measuring.scores import Quality, quality
 from loadtest.measuring.server_side import Check, ServerSide, server_side
 from loadtest.sending.records import OK
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from loadtest.measuring.goodput import Goals
     from loadtest.measuring.scrape import Sample
     from loadtest.sending.records import Record
-
-UNAVERAGED = "not averaged"
 
 
 class Setup(BaseModel):
@@ -58,6 +56,7 @@ class Requests(BaseModel):
     """How requests ended; latencies hold only those that are ``ok``.
 
     Attributes:
+        prompt_tokens: mean of those that are ok; None where the server did not count all.
         thought: of those that are ok, requests whose model thought before it answered.
         thinking_tokens: of these; None where they are not counted apart.
 
@@ -70,6 +69,7 @@ class Requests(BaseModel):
     by_error: dict[str, int]
     by_finish_reason: dict[str, int]
     empty_answers: int
+    prompt_tokens: float | None = None
     thought: int = 0
     thinking_tokens: int | None = None
 
@@ -114,35 +114,6 @@ class Goodput(BaseModel):
     share: float
     requests_per_second: float
     unknown: int = 0
-
-
-class Score(BaseModel):
-    """Mean score of a task or category, 0 to 1."""
-
-    name: str
-    category: str
-    requests: int
-    score: Estimate
-
-
-class HeatCell(BaseModel):
-    """Mean exact-key score of one length and depth."""
-
-    length: float
-    depth: float
-    score: float
-    requests: int
-
-
-class Quality(BaseModel):
-    """Scores of the answers; ``overall`` is the plain mean of the tasks."""
-
-    overall: float
-    overall_interval: tuple[float, float] | None
-    partial_key: Estimate | None
-    tasks: list[Score]
-    categories: dict[str, float]
-    heat: list[HeatCell]
 
 
 class Summary(BaseModel):
@@ -196,7 +167,7 @@ def summarize(
         throughput=whole,
         steady=_steady(good, records, setup.concurrency),
         goodput=_goodput(records, goals, whole),
-        quality=_quality(good),
+        quality=quality(good),
         server=server_side(samples, failed_scrapes),
         checks=checks or [],
     )
@@ -206,6 +177,7 @@ def _requests(records: list[Record], planned: int) -> Requests:
     states = Counter(r.status for r in records)
     thought = [r for r in records if r.status == OK and r.thought]
     tokens = [r.thinking_tokens for r in thought]
+    read = [r.prompt_tokens for r in records if r.status == OK and r.prompt_tokens is not None]
     return Requests(
         planned=planned,
         ok=states[OK],
@@ -214,6 +186,7 @@ def _requests(records: list[Record], planned: int) -> Requests:
         by_error=dict(Counter(r.error_kind for r in records if r.error_kind)),
         by_finish_reason=dict(Counter(r.finish_reason for r in records if r.finish_reason)),
         empty_answers=sum(r.status == OK and not r.answer.strip() for r in records),
+        prompt_tokens=sum(read) / len(read) if read and len(read) == states[OK] else None,
         thought=len(thought),
         thinking_tokens=None if None in tokens or not thought else sum(t or 0 for t in tokens),
     )
@@ -291,56 +264,3 @@ def _goodput(
         requests_per_second=verdicts[True] / whole.seconds if whole else 0.0,
         unknown=verdicts[None],
     )
-
-
-def _quality(good: list[Record]) -> Quality | None:
-    by_task: dict[tuple[str, str], list[float]] = {}
-    for r in good:
-        if r.score is not None:
-            by_task.setdefault((r.category, r.task), []).append(r.score)
-    if not by_task:
-        return None
-    tasks = []
-    for (category, task), scores in sorted(by_task.items()):
-        found = mean(scores)
-        assert found is not None
-        tasks.append(Score(name=task, category=category, requests=len(scores), score=found))
-    counted = [t for t in tasks if UNAVERAGED not in t.category] or tasks
-    categories = {
-        name: float(np.mean([t.score.value for t in tasks if t.category == name]))
-        for name in dict.fromkeys(t.category for t in tasks)
-    }
-    return Quality(
-        overall=float(np.mean([t.score.value for t in counted])),
-        overall_interval=_interval([by_task[t.category, t.name] for t in counted]),
-        partial_key=mean([r.partial for r in good if r.partial is not None]),
-        tasks=tasks,
-        categories=categories,
-        heat=_heat(good),
-    )
-
-
-def _interval(tasks: list[list[float]], resamples: int = 500) -> tuple[float, float] | None:
-    """95 % interval of the mean of task means, rows resampled within their task."""
-    if max(len(t) for t in tasks) < 2:
-        return None
-    rng = np.random.default_rng(0)
-    arrays = [np.asarray(t) for t in tasks]
-    drawn = [
-        np.mean([a[rng.integers(len(a), size=len(a))].mean() for a in arrays])
-        for _ in range(resamples)
-    ]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def _heat(good: list[Record]) -> list[HeatCell]:
-    cells: dict[tuple[float, float], list[float]] = {}
-    for r in good:
-        if r.score is not None and {"length", "depth"} <= r.tags.keys():
-            place = (float(r.tags["length"]), float(r.tags["depth"]))
-            cells.setdefault(place, []).append(r.score)
-    return [
-        HeatCell(length=length, depth=depth, score=float(np.mean(s)), requests=len(s))
-        for (length, depth), s in sorted(cells.items())
-    ]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
-from cache_policies.spelling import refuse_near
+from cache_policies.spelling import near, refuse_near
 from cache_policies.vllm_plugin.config import POLICY_KEY
 from cache_policies.vllm_plugin.frontend import check_keys, check_method
 from server.api.refusal import RefusalError
@@ -57,12 +57,13 @@ async def translate(
     with _refused("model"):
         named = _name_method(content, state)
     asked.method, where = _method(content)
+    where = "model" if named else where
     if asked.method is not None:
         if asked.beams:
             raise RefusalError(
                 400, "a policy of its own cannot be combined with beam search", where
             )
-        with _refused("model" if named else where):
+        with _refused(where):
             check_method(asked.method)
     report = await _compress(content, path, state)
     return (json.dumps(content).encode() if named or report else body), report
@@ -84,13 +85,13 @@ def _refuse_wrong(content: dict[str, Any], path: str, state: ServerState) -> Non
         raise RefusalError(400, "structured_outputs must be an object", "structured_outputs")
     if not isinstance(content.get(XARGS), dict | None):
         raise RefusalError(400, f"{XARGS} must be an object", XARGS)
-    if POLICY_KEY in content:
+    if misplaced := [k for k in content if k == POLICY_KEY or near(k, [POLICY_KEY])]:
         raise RefusalError(
             400, f"{POLICY_KEY} belongs into {XARGS}, or behind the model's name as NAME@METHOD",
-            POLICY_KEY,
+            misplaced[0],
         )  # fmt: skip
     with _refused("body"):
-        refuse_near(content, (XARGS, COMPRESSION, POLICY_KEY), "the request")
+        refuse_near(content, (XARGS, COMPRESSION), "the request")
     if path == LOAD_ADAPTER and content.get("lora_name") in state.names.aliases:
         raise RefusalError(
             400, f"{content['lora_name']!r} is an alias of this server (--policy-alias)",

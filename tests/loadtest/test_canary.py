@@ -18,13 +18,12 @@ from loadtest.commands.process import free_port
 from loadtest.errors import LoadTestError
 from loadtest.quality.loops import looped
 from loadtest.sending.client import Target
-from loadtest.workloads.tokens import ApproximateTokenizer
 
 if TYPE_CHECKING:
     from tests.loadtest.conftest import Command, MockServer
 
 QUICK = {"ttft": 0.01, "itl": 0.001}
-ONCE = ("--rounds", "1", "--lengths", "60")
+ONCE = ("--rounds", "1", "--lengths", "120")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_the_gauges_are_served_and_a_server_that_goes_away_ends_nothing(mock: Mo
     port = free_port()
     where = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "canary", mock(**QUICK), "--every", "1"]
-    process = subprocess.Popen([*command, "--lengths", "60", "--serve-metrics", where])
+    process = subprocess.Popen([*command, "--lengths", "120", "--serve-metrics", where])
 
     def value(name: str) -> float | None:
         try:
@@ -103,8 +102,9 @@ def test_the_gauges_are_served_and_a_server_that_goes_away_ends_nothing(mock: Mo
 def test_lengths() -> None:
     assert read_lengths(None, Target("u", "m")) == (500, 2000)
     assert read_lengths(None, Target("u", "m", longest=2048)) == (500,)
-    assert read_lengths(None, Target("u", "m", longest=512)) == (312,)
+    assert read_lengths(None, Target("u", "m", longest=512)) == (209,)
     assert read_lengths("60|70", Target("u", "m", longest=512)) == (60, 70)
+    assert read_lengths(None, Target("u", "m", longest=64)) == (32,)
     for text in ("", "a", "0", "10,20", "-5"):
         with pytest.raises(LoadTestError, match="--lengths"):
             read_lengths(text, Target("u", "m"))
@@ -113,7 +113,7 @@ def test_lengths() -> None:
 
 
 def test_no_round_sends_what_another_sent() -> None:
-    sent = [items(ApproximateTokenizer(), (60, 90), seed) for seed in (1, 2)]
+    sent = [items((120, 200), seed) for seed in (1, 2)]
     begins = [item.prompt[:40] for keys, texts in sent for item in (*keys, *texts)]
     assert len(begins) == 12
     first = {item.prompt[:40] for item in (*sent[0][0], *sent[0][1])}

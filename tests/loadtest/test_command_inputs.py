@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from loadtest.commands.cli import _extra
+from loadtest.commands.given import read_extra
 from loadtest.commands.run import safe_names
 from loadtest.errors import LoadTestError
 from loadtest.sending.records import read_records
@@ -31,15 +31,15 @@ def test_vllm_xargs_that_are_no_object_are_refused(
 
 def test_a_policy_joins_other_arguments_of_the_body() -> None:
     joined = {"vllm_xargs": {"cache_policy": "tova"}}
-    assert _extra('{"vllm_xargs": null}', "tova") == joined
-    assert _extra('{"vllm_xargs": {}}', "tova") == joined
-    assert _extra('{"vllm_xargs": {"cache_policy": "tova"}}', "tova") == joined
-    assert _extra('{"vllm_xargs": {"k": 1}, "n": 1}', "tova") == {
+    assert read_extra('{"vllm_xargs": null}', "tova") == joined
+    assert read_extra('{"vllm_xargs": {}}', "tova") == joined
+    assert read_extra('{"vllm_xargs": {"cache_policy": "tova"}}', "tova") == joined
+    assert read_extra('{"vllm_xargs": {"k": 1}, "n": 1}', "tova") == {
         "vllm_xargs": {"k": 1, "cache_policy": "tova"}, "n": 1
     }  # fmt: skip
-    assert _extra('{"vllm_xargs": null}', None) == {"vllm_xargs": None}
+    assert read_extra('{"vllm_xargs": null}', None) == {"vllm_xargs": None}
     with pytest.raises(LoadTestError, match="cache_policy is 'h2o', --cache-policy 'tova'"):
-        _extra('{"vllm_xargs": {"cache_policy": "h2o"}}', "tova")
+        read_extra('{"vllm_xargs": {"cache_policy": "h2o"}}', "tova")
 
 
 def test_the_same_load_twice_is_two_runs(

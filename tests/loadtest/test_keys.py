@@ -156,7 +156,7 @@ def _fail(target: Target) -> float:
 def test_a_comparisons_plan_holds_no_secret() -> None:
     made = comparison(["fp16"], flags=["--hf-token", KEY])
     assert KEY not in repr(made.plan)
-    assert made.arguments(None)[-2:] == ["--hf-token", KEY]
+    assert made.arguments(("m", None))[-2:] == ["--hf-token", KEY]
     for flags in (["--api-key", KEY], [f"--api-key={KEY}"]):
         with pytest.raises(LoadTestError, match="set VLLM_API_KEY") as refused:
             comparison(["fp16"], flags=flags)

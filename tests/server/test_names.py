@@ -210,6 +210,8 @@ def test_a_key_that_is_almost_ours_is_refused(key: str) -> None:
         ({"prompt_compresion": {"method": "selective"}}, "did you mean 'prompt_compression'"),
         ({"vllm_xarg": {"cache_policy": "h2o"}}, "did you mean 'vllm_xargs'"),
         ({"cache_policy": "h2o"}, "belongs into vllm_xargs"),
+        ({"cache_polcy": "h2o"}, "cache_policy belongs into vllm_xargs"),
+        ({"prompt_compression": []}, "prompt_compression"),
         ({"vllm_xargs": {"cache_kernel": "cpu"}}, "is the server's"),
         ({"vllm_xargs": [1]}, "vllm_xargs must be an object"),
     ],

@@ -91,7 +91,7 @@ def test_few_cores_all_compute_unless_the_user_says_otherwise(
         return startup.choose_threads(cores), os.environ.get(startup.RESERVED)
 
     says, reserved = chosen(2)
-    assert ("all 2 cores compute" in says, reserved) == (True, "0")
+    assert ("all cores compute (2)" in says, reserved) == (True, "0")
     assert chosen(2, VLLM_CPU_OMP_THREADS_BIND="auto")[1] == "0"  # compose's default
     says, reserved = chosen(64)
     assert ("one of 64 cores is left" in says, reserved) == (True, None)
@@ -99,3 +99,9 @@ def test_few_cores_all_compute_unless_the_user_says_otherwise(
     assert (says, reserved) == ("threads: VLLM_CPU_NUM_OF_RESERVED_CPU=1", "1")
     says, reserved = chosen(2, VLLM_CPU_OMP_THREADS_BIND="0-1")
     assert (says, reserved) == ("threads: VLLM_CPU_OMP_THREADS_BIND=0-1", None)
+
+
+def test_a_variable_that_is_almost_ours_is_named() -> None:
+    assert startup.misspelt(["KVTHRIFT_CACHE", "PATH", "HF_HOME", "KVTHRIFT_TAG"]) == []
+    (said,) = startup.misspelt(["KVTHRIFT_CACHE_DIR"])
+    assert said == "KVTHRIFT_CACHE_DIR is not used; did you mean KVTHRIFT_CACHE?"
