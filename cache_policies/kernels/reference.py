@@ -63,7 +63,8 @@ class ReferenceKernel:
         most = -(-int(batch.stored.max()) // size)
         mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
         for i, (seq, first, queries) in enumerate(blocks.tolist()):
-            keys, _ = self._held(pages, batch, seq, key, key)
+            fresh = key[_span(batch, seq)]
+            keys, _ = self._held(pages, batch, seq, fresh, fresh)
             mask = self._visible(batch, seq, keys.shape[1], None)
             rows = torch.tensor(sampled(first, queries, samples))
             chosen = query[int(batch.query_start[seq]) + rows].float()
