@@ -49,7 +49,7 @@ def test_reading_everything_is_plain_attention(method: str, codec: str, kernel: 
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8", "kivi-4bit"])
+@pytest.mark.parametrize("codec", ["raw", "fp16", "int8"])
 def test_the_kernels_agree(codec: str) -> None:
     text = peaked(PROMPT + 2)
     method = "sparse-prefill(coverage=0.8,exact=0)"
