@@ -16,8 +16,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
-from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_method
-from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
+from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
+from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts, facts_of
+from cache_policies.vllm_plugin.mailbox import (
+    SLOT_KEY,
+    mailbox_of,
+    remove_mailbox,
+    slot_of,
+)
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.metrics import cache_metrics
 from cache_policies.vllm_plugin.versions import end_with_error
@@ -51,16 +57,46 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
 
     def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids is None and request.sampling_params is not None:
+            # V1's workers learn a prompt's length from its tokens, which embeddings have none of.
+            known = request.sampling_params.extra_args or {}
+            request.sampling_params.extra_args = {**known, PROMPT_KEY: request.num_prompt_tokens}
         super().add_request(request)
+        try:
+            self._refuse(request)
+            self._give_slot(request)
+        except PolicyError as error:
+            # Too late for an HTTP 400, which only a check without the model can give: the
+            # request ends with an error, by the way vLLM has for its own late refusals.
+            logger.error("request %s is refused: %s", request.request_id, error)
+            extra = dict(request.sampling_params.extra_args or {})
+            extra.pop(POLICY_KEY, None)  # until it ends, a plain one
+            request.sampling_params.extra_args = extra
+            end_with_error(self, request.request_id, str(error))
+
+    def _refuse(self, request: Request) -> None:
+        if self.policy_managers and request.resumable:
+            raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
-            try:
-                refuse_method(manager.method(request), self.vllm_config.model_config)
-            except PolicyError as error:
-                # Too late for an HTTP 400, which only a check without the model can give: the
-                # request ends with an error, by the way vLLM has for its own late refusals.
-                logger.error("request %s is refused: %s", request.request_id, error)
-                request.sampling_params.extra_args.pop(POLICY_KEY)  # until it ends, a plain one
-                end_with_error(self, request.request_id, str(error))
+            refuse_method(manager.method(request), self.vllm_config.model_config)
+
+    def _give_slot(self, request: Request) -> None:
+        """Tell the workers where to note what a sparse prefill of this request reads."""
+        params = request.sampling_params
+        if params is None or not any(m.method(request).prefill for m in self.policy_managers):
+            return
+        slot = mailbox_of(self.vllm_config).take()
+        extra = {k: v for k, v in (params.extra_args or {}).items() if k != SLOT_KEY}
+        params.extra_args = extra if slot is None else {**extra, SLOT_KEY: slot}
+
+    def _facts(self, request: Request, hit: int) -> KVCacheFacts:
+        slot = self._slot(request)
+        share = None if slot is None else mailbox_of(self.vllm_config).share(slot)
+        return facts_of(self.policy_managers, request, hit, share)
+
+    def _slot(self, request: Request) -> int | None:
+        sparse = any(m.method(request).prefill for m in self.policy_managers)
+        return slot_of(request.sampling_params) if sparse else None
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Send along what the request held, by the way that KV connectors have to responses.
@@ -71,8 +107,10 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         delay, params = super()._connector_finished(request)
         hit = self._hit_tokens.pop(request.request_id, 0)
         if self.policy_managers:
-            facts = facts_of(self.policy_managers, request, hit)
+            facts = self._facts(request, hit)
             self._metrics.finished(self.policy_managers[0], request, facts)
+            if (slot := self._slot(request)) is not None:
+                mailbox_of(self.vllm_config).give_back(slot)
             params = {**(params or {}), KV_CACHE: facts.as_dict()}
         return delay, params
 
@@ -88,7 +126,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
                 request = self.requests.get(output.request_id)
                 if request and request.sampling_params and request.sampling_params.stop:
                     hit = self._hit_tokens.get(request.request_id, 0)
-                    facts = facts_of(self.policy_managers, request, hit)
+                    facts = self._facts(request, hit)
                     output.kv_transfer_params = {KV_CACHE: facts.as_dict()}
         return batches
 
@@ -97,6 +135,10 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         for manager in self.policy_managers[:1]:
             self._metrics.step(manager, self.running)
         return super().make_stats(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        remove_mailbox(self.vllm_config)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *limits: Any

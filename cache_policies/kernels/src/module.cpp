@@ -73,7 +73,7 @@ class Layer {
 
   void set_batch(int num_seqs, intptr_t query_start, intptr_t stored, intptr_t ring,
                  intptr_t stored_after, intptr_t appended, intptr_t store_row, intptr_t block_table,
-                 int64_t row_stride) {
+                 int64_t row_stride, intptr_t slots, int64_t slot_row) {
     call_.batch = Batch{num_seqs,
                         address<const int32_t>(query_start),
                         address<const int32_t>(stored),
@@ -82,7 +82,9 @@ class Layer {
                         address<const int32_t>(appended),
                         address<const int32_t>(store_row),
                         address<const int32_t>(block_table),
-                        row_stride};
+                        row_stride,
+                        address<const int32_t>(slots),
+                        slot_row};
   }
 
   void set_pages(intptr_t pages, int64_t page_stride, int64_t head_stride) {
@@ -92,11 +94,13 @@ class Layer {
   }
 
   // addresses of 0: no mass is counted, all pages are read
-  void set_options(intptr_t first_query, intptr_t first_token, intptr_t out, intptr_t stride,
-                   intptr_t reads, intptr_t read_count, int64_t read_width) {
+  void set_options(intptr_t first_query, intptr_t first_token, intptr_t place, intptr_t out, int64_t stride,
+                   intptr_t reads, intptr_t read_count, intptr_t read_first, int64_t read_width,
+                   int read_block) {
     call_.mass = {address<const int32_t>(first_query), address<const int32_t>(first_token),
-                  address<const int64_t>(out), address<const int64_t>(stride)};
-    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count), read_width};
+                  address<const int32_t>(place), address<float>(out), stride};
+    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count),
+                   address<const int32_t>(read_first), read_width, read_block};
   }
 
   void attend(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t value,
@@ -107,25 +111,38 @@ class Layer {
     if (!kernels_.attend(call_)) throw std::bad_alloc();
   }
 
+  void page_mass(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t blocks,
+                 int count, int samples, intptr_t mass, intptr_t rest, int64_t width, int num_threads) {
+    set_tensors(key, key_stride, 0, 0, num_threads);
+    call_.query = {address<char>(query), query_stride};
+    call_.reads = {};
+    const PageMass wanted = {address<const int32_t>(blocks), count, samples, address<float>(mass),
+                             address<float>(rest), width};
+    if (!kernels_.page_mass(call_, wanted)) throw std::bad_alloc();
+  }
+
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
     set_tensors(key, key_stride, value, value_stride, num_threads);
     kernels_.append(call_);
   }
 
   void read(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, intptr_t index,
-            int count, intptr_t key_out, intptr_t value_out, int num_threads) {
+            intptr_t start, int64_t count, intptr_t key_out, intptr_t value_out, int num_threads) {
     set_tensors(key, key_stride, value, value_stride, num_threads);
-    kernels_.read(call_, address<const int32_t>(index), count, address<float>(key_out),
-                  address<float>(value_out));
+    kernels_.read(call_, moved(index, start, count, key_out, value_out));
   }
 
-  void write(intptr_t index, int count, intptr_t key, intptr_t value, int num_threads) {
+  void write(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value, int num_threads) {
     set_tensors(0, 0, 0, 0, num_threads);
-    kernels_.write(call_, address<const int32_t>(index), count, address<float>(key),
-                   address<float>(value));
+    kernels_.write(call_, moved(index, start, count, key, value));
   }
 
  private:
+  static Moved moved(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value) {
+    return {address<const int32_t>(index), address<const int32_t>(start), count, address<float>(key),
+            address<float>(value)};
+  }
+
   void set_tensors(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int threads) {
     call_.key = {address<char>(key), key_stride};
     call_.value = {address<char>(value), value_stride};
@@ -166,6 +183,7 @@ NB_MODULE(_cpu, m) {
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
+      .def("page_mass", &Layer::page_mass, nb::call_guard<nb::gil_scoped_release>())
       .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
       .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());
