@@ -190,6 +190,28 @@ def _no_page_is_private_twice(engine: Engine) -> None:
     assert len(own) == len(set(own))
 
 
+def test_asynchronous_scheduling_preempts_at_other_tokens(llama: Path) -> None:
+    """Why tokens after a preemption differ between the two: what is attended to in full differs."""
+    methods = ["all", "snapkv(budget=100)", "tova(budget=90)", "lagkv(budget=270)"]
+    answered = []
+    for asynchronous in (False, True):
+        engine = Engine(llama, "raw", 9, asynchronous=asynchronous)
+        preempt, seen = engine.scheduler._preempt_request, []
+
+        def noted(request: Request, *rest: Any, preempt: Any = preempt, seen: Any = seen) -> None:
+            seen.append((request.request_id, request.num_output_tokens))
+            preempt(request, *rest)
+
+        engine.scheduler._preempt_request = noted
+        for number, method in enumerate(methods):
+            prompt = [(7 * number + 13 * i) % 251 for i in range(280 + 9 * number)]
+            engine.add(f"r{number}", prompt, 110, method)
+        while engine.scheduler.has_requests() or engine.in_flight:
+            engine.step()
+        answered.append(seen)
+    assert answered == [[("r3", 25)], [("r3", 22)]]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_pages_are_published_only_when_their_tokens_are_known(
     llama: Path, *, asynchronous: bool
