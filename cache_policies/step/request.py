@@ -120,7 +120,7 @@ class LayerState:
 
     def mass_for(self, buffer: MassBuffer, tokens: int) -> Room:
         """The request's room with at least ``tokens`` places, new ones zero."""
-        if self.mass is None:
+        if self.mass is None or self.mass.buffer is not buffer:  # the layer got other pages
             self.mass = Room(buffer)
         self.mass.hold(tokens)
         return self.mass
