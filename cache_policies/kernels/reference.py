@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.rotation import rotate
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class ReferenceKernel:
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
+        none = torch.zeros(shape.num_kv_heads, layout.head_size)
+        self._offset = none if shape.key_offset is None else shape.key_offset
 
     @classmethod
     def summary(cls) -> str:
@@ -70,7 +73,8 @@ class ReferenceKernel:
         value: torch.Tensor,
         index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = self._held(pages, batch, 0, key, value)
+        keys, values = self._held(pages, batch, 0, key, value)
+        held = keys + self._offset[:, None], values
         if index is None:
             return held
         at = index.long()[..., None].expand(-1, -1, self.layout.head_size)
@@ -87,9 +91,10 @@ class ReferenceKernel:
         stored, held = int(batch.stored[0]), int(batch.stored[0] + batch.ring[0])
         fresh = key.new_empty(0, *key.shape[::2])
         both = torch.cat(self._held(pages, batch, 0, fresh, fresh), -1)
+        entered = key - self._offset[:, None]
         for head, row in enumerate(index.long()):
             real = row >= 0
-            both[head, row[real]] = torch.cat([key, value], -1)[head, real]
+            both[head, row[real]] = torch.cat([entered, value], -1)[head, real]
         parts = both.split(self.layout.head_size, -1)
         self._write_store(pages, batch, 0, 0, *(x[:, :stored] for x in parts))
         self._write_ring(pages, batch.block_table[0], both[:, stored:held])
@@ -129,7 +134,8 @@ class ReferenceKernel:
         head_size, count = self.layout.head_size, int(batch.ring[seq])
         row = batch.block_table[seq, : self.plan.ring_pages]
         ring = [self.layout.ring_view(pages[page]) for page in row]
-        recent = torch.cat(ring, 1)[:, :count].float() if count else None
+        recent = self._turned(torch.cat(ring, 1)[:, :count].float()) if count else None
+        key = key.float() - self._offset
         fresh = torch.cat([key, value], -1).transpose(0, 1).float()
         both = fresh if recent is None else torch.cat([recent, fresh], 1)
         return both[..., :head_size], both[..., head_size:]
@@ -153,12 +159,19 @@ class ReferenceKernel:
             done = span.stop
 
     def _write_ring(self, pages: torch.Tensor, row: torch.Tensor, rest: torch.Tensor) -> None:
+        rest = self._turned(rest)
         if self.layout.ring_dtype == torch.float16:
             rest = to_half(rest)
         for start in range(0, rest.shape[1], self.layout.ring_tokens):
             part = rest[:, start : start + self.layout.ring_tokens]
             view = self.layout.ring_view(pages[row[start // self.layout.ring_tokens]])
             view[:, : part.shape[1]] = part.to(view.dtype)
+
+    def _turned(self, both: torch.Tensor) -> torch.Tensor:
+        """Keys and values rotated, or rotated back, where the codec keeps them so."""
+        if not self.layout.codec.ROTATES:
+            return both
+        return rotate(both.unflatten(-1, (2, -1))).flatten(-2)
 
     def _visible(self, batch: Batch, seq: int, total: int, reads: Reads | None) -> torch.Tensor:
         """Mask ``[num_kv_heads, fresh, total]``; the last tokens are causal."""

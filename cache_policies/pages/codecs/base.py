@@ -27,12 +27,18 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     loses: ClassVar[str]
+    QUANTIZES: ClassVar[bool] = True
     ROTATES: ClassVar[bool] = False  # pages hold keys and values under ``rotation.rotate``
 
     @property
     def residual(self) -> int:
         """Recent tokens kept in 16 bit until they are absorbed together; 0: none."""
         return 0
+
+    @property
+    def takes_key_offset(self) -> bool:
+        """Whether a constant taken from all keys makes them easier to encode."""
+        return False
 
     @property
     def divisor(self) -> int:

@@ -15,8 +15,7 @@ static void read_stored(const Call& c, int head, int token, float* key, float* v
       const CodeSlot k = key_slot(slot, j, l.k_bits, d), v = value_slot(slot, j, l.v_bits, n);
       const int by_token = j / l.group * n + slot;
       const int g = l.keys_per_channel ? slot / l.group * d + j : by_token;
-      const int key_code = run[l.key + k.byte] >> k.shift & ((1 << l.k_bits) - 1);
-      const int value_code = run[l.value + v.byte] >> v.shift & ((1 << l.v_bits) - 1);
+      const int key_code = get_code(run + l.key, k, l.k_bits), value_code = get_code(run + l.value, v, l.v_bits);
       key[j] = float(key_code) * f16_to_float(ks[g]) + f16_to_float(km[g]);
       value[j] = float(value_code) * f16_to_float(vs[by_token]) + f16_to_float(vm[by_token]);
     }
@@ -38,6 +37,8 @@ static void read_token(const Call& c, int head, int token, float* key, float* va
   const int stored = c.batch.stored[0];
   if (token < stored) read_stored(c, head, token, key, value);
   else load_pending(c, 0, head, token - stored, 1, c.batch.ring[0], key, value);
+  leave_key(c, head, key);
+  rotate_row(c.layout, value);
 }
 
 static void read_tokens(const Call& c, const int32_t* index, int count, float* key, float* value) {
@@ -55,11 +56,14 @@ static void write_head(Call& c, int head, const int32_t* index, int count, float
   int i = 0;
   if (c.layout.kind == Kind::affine && c.layout.keys_per_channel) {
     i = min_int(count, stored);
+    for (int t = 0; t < i; t++) enter_key(c, head, key + int64_t(t) * d);
     write_store(c, 0, head, 0, i, key, value);
   }
   for (; i < count; i++) {
     float *k = key + int64_t(i) * d, *v = value + int64_t(i) * d;
     if (index[i] < 0) continue;
+    enter_key(c, head, k);
+    rotate_row(c.layout, v);
     if (index[i] < stored) write_store(c, 0, head, index[i], 1, k, v);
     else write_ring(c, 0, head, index[i] - stored, k, v);
   }
