@@ -51,8 +51,9 @@ def score_error(codec: str, keys: torch.Tensor, queries: torch.Tensor) -> float:
     stored = []
     for page in keys.split(PAGE, 1):
         views = layout.views(torch.zeros(HEADS, layout.head_bytes, dtype=torch.uint8))
-        layout.codec.write(views, 0, page, page)
-        stored.append(layout.codec.read(views, PAGE)[0])
+        turned = layout.codec.turned(page)
+        layout.codec.write(views, 0, turned, turned)
+        stored.append(layout.codec.turned(layout.codec.read(views, PAGE)[0]))
     error = queries @ (torch.cat(stored, 1) - keys).transpose(1, 2) * size**-0.5
     # what all scores of a query have in common does not change its softmax
     return float((error - error.mean(2, keepdim=True)).square().mean().sqrt())

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cache_policies.pages.codecs.packing import to_half
-from cache_policies.pages.codecs.rotation import rotate
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ class ReferenceKernel:
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
         none = torch.zeros(shape.num_kv_heads, layout.head_size)
+        self._turned = layout.codec.turned
         self._offset = none if shape.key_offset is None else shape.key_offset
 
     @classmethod
@@ -44,9 +44,10 @@ class ReferenceKernel:
             span = _span(batch, seq)
             keys, values = self._held(pages, batch, seq, key, value)
             mask = self._visible(batch, seq, keys.shape[1], reads)
-            weights = self._weights(query[span].float(), keys, mask)
+            weights = self._weights(self._turned(query[span].float()), keys, mask)
             values = values.repeat_interleave(self._group, 0)
-            output[span] = (weights @ values).transpose(0, 1).to(output.dtype)
+            out = self._turned(weights @ values)
+            output[span] = out.transpose(0, 1).to(output.dtype)
             if mass is not None:
                 self._count(weights, int(batch.stored[seq]), seq, mass)
 
@@ -74,7 +75,7 @@ class ReferenceKernel:
         index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._held(pages, batch, 0, key, value)
-        held = keys + self._offset[:, None], values
+        held = self._turned(keys) + self._offset[:, None], self._turned(values)
         if index is None:
             return held
         at = index.long()[..., None].expand(-1, -1, self.layout.head_size)
@@ -91,10 +92,10 @@ class ReferenceKernel:
         stored, held = int(batch.stored[0]), int(batch.stored[0] + batch.ring[0])
         fresh = key.new_empty(0, *key.shape[::2])
         both = torch.cat(self._held(pages, batch, 0, fresh, fresh), -1)
-        entered = key - self._offset[:, None]
+        entered = torch.cat([self._turned(key - self._offset[:, None]), self._turned(value)], -1)
         for head, row in enumerate(index.long()):
             real = row >= 0
-            both[head, row[real]] = torch.cat([entered, value], -1)[head, real]
+            both[head, row[real]] = entered[head, real]
         parts = both.split(self.layout.head_size, -1)
         self._write_store(pages, batch, 0, 0, *(x[:, :stored] for x in parts))
         self._write_ring(pages, batch.block_table[0], both[:, stored:held])
@@ -106,7 +107,7 @@ class ReferenceKernel:
     def _held(
         self, pages: torch.Tensor, batch: Batch, seq: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens of a request, ``[num_kv_heads, tokens, head_size]``."""
+        """All tokens of a request as they are stored, ``[num_kv_heads, tokens, head_size]``."""
         span = _span(batch, seq)
         stored = self._stored(pages, batch, seq)
         pending = self._pending(pages, batch, seq, key[span], value[span])
@@ -134,9 +135,9 @@ class ReferenceKernel:
         head_size, count = self.layout.head_size, int(batch.ring[seq])
         row = batch.block_table[seq, : self.plan.ring_pages]
         ring = [self.layout.ring_view(pages[page]) for page in row]
-        recent = self._turned(torch.cat(ring, 1)[:, :count].float()) if count else None
-        key = key.float() - self._offset
-        fresh = torch.cat([key, value], -1).transpose(0, 1).float()
+        recent = torch.cat(ring, 1)[:, :count].float() if count else None
+        entered = self._turned(key.float() - self._offset), self._turned(value.float())
+        fresh = torch.cat(entered, -1).transpose(0, 1)
         both = fresh if recent is None else torch.cat([recent, fresh], 1)
         return both[..., :head_size], both[..., head_size:]
 
@@ -159,19 +160,12 @@ class ReferenceKernel:
             done = span.stop
 
     def _write_ring(self, pages: torch.Tensor, row: torch.Tensor, rest: torch.Tensor) -> None:
-        rest = self._turned(rest)
         if self.layout.ring_dtype == torch.float16:
             rest = to_half(rest)
         for start in range(0, rest.shape[1], self.layout.ring_tokens):
             part = rest[:, start : start + self.layout.ring_tokens]
             view = self.layout.ring_view(pages[row[start // self.layout.ring_tokens]])
             view[:, : part.shape[1]] = part.to(view.dtype)
-
-    def _turned(self, both: torch.Tensor) -> torch.Tensor:
-        """Keys and values rotated, or rotated back, where the codec keeps them so."""
-        if not self.layout.codec.ROTATES:
-            return both
-        return rotate(both.unflatten(-1, (2, -1))).flatten(-2)
 
     def _visible(self, batch: Batch, seq: int, total: int, reads: Reads | None) -> torch.Tensor:
         """Mask ``[num_kv_heads, fresh, total]``; the last tokens are causal."""
