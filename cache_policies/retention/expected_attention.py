@@ -21,6 +21,8 @@ from cache_policies.retention.base import Budgeted
 if TYPE_CHECKING:
     from cache_policies.retention.base import Seen
 
+MOST_FUTURE = 2**16  # a table of so many rotations is made at a cut
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(Budgeted):
@@ -44,8 +46,11 @@ class ExpectedAttention(Budgeted):
 
     def check(self) -> None:
         super().check()
-        if self.future < 1 or self.epsilon < 0:
-            raise PolicyError(f"future={self.future} is below 1 or epsilon={self.epsilon} below 0")
+        if not 1 <= self.future <= MOST_FUTURE or self.epsilon < 0:
+            raise PolicyError(
+                f"future={self.future} is not between 1 and {MOST_FUTURE} or "
+                f"epsilon={self.epsilon} below 0"
+            )
 
     def score(self, seen: Seen) -> torch.Tensor:
         assert seen.queries is not None

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from cache_policies.pages.layout import PageLayout
+    from cache_policies.step.request import RequestState
 
 
 # vLLM shows only loggers below its own name.
@@ -125,17 +126,31 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         assert common_prefix_len == 0
         count = common_attn_metadata.num_reqs
         start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
-        lengths = common_attn_metadata.seq_lens[:count].numpy()
+        # V2's ``seq_lens`` is the device's; this one is exact without speculative decoding.
+        exact = common_attn_metadata.seq_lens_cpu_upper_bound
+        lengths = (common_attn_metadata.seq_lens if exact is None else exact)[:count].numpy()
         computed = lengths - (start[1:] - start[:-1])
         table = common_attn_metadata.block_table_tensor[:count]
         fresh = common_attn_metadata.num_actual_tokens
-        states = self.rows.states(count)
+        states = self._states(common_attn_metadata, computed.tolist())
         if all(state is None for state in states):
             return RingStoreMetadata(Batch.of(self.plan, start, computed, table), None, fresh)
         for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
             if state is not None:
                 state.advance(before, after)
         return RingStoreMetadata(None, Step(self.plan, start, computed, states, table), fresh)
+
+    def _states(
+        self, common: CommonAttentionMetadata, computed: list[int]
+    ) -> list[RequestState | None]:
+        if common.req_idx is None:  # the V1 runner
+            return [self.rows.state(row) for row in range(len(computed))]
+        states: list[RequestState | None] = [None] * len(computed)
+        for row, slot in enumerate(common.req_idx.tolist()):
+            # Dummy batches of V2 use the slots of real requests.
+            if computed[row] or common.is_prefilling[row]:
+                states[row] = self.rows.state(slot)
+        return states
 
 
 class RingStoreImpl(AttentionImpl):  # type: ignore[misc]

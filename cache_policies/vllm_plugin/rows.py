@@ -63,11 +63,12 @@ class Rows:
             if sys.getrefcount(output) <= _ONLY_OURS:
                 del self.away[key]
 
-    def states(self, count: int) -> list[RequestState | None]:
-        """Per row of the batch the request's state; None for plain requests."""
-        return [self._state(index) for index in range(count)]
+    def take_slot(self, slot: int, params: Any, prompt: int) -> None:
+        """A request takes a slot of the V2 runner's table, anew after a preemption."""
+        self.row[slot] = [], None, (params, prompt)
 
-    def _state(self, index: int) -> RequestState | None:
+    def state(self, index: int) -> RequestState | None:
+        """State of the request in a row of the batch (V2: a slot); None for plain requests."""
         entry = self.row.get(index)
         if entry is None:  # a dummy batch: nothing was added
             return None
