@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.kernels.counts import Buffers
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
@@ -114,6 +115,7 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = kv_cache_spec.plan
+        self.buffers = Buffers(device)
         self.rows = rows_of(vllm_config)
         self.rows.plan = self.plan
 
@@ -133,12 +135,15 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         table = common_attn_metadata.block_table_tensor[:count]
         fresh = common_attn_metadata.num_actual_tokens
         states = self._states(common_attn_metadata, computed.tolist())
+        self.buffers.begin_step()
         if all(state is None for state in states):
-            return RingStoreMetadata(Batch.of(self.plan, start, computed, table), None, fresh)
+            batch = Batch.of(self.plan, start, computed, table, self.buffers)
+            return RingStoreMetadata(batch, None, fresh)
         for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
             if state is not None:
                 state.advance(before, after)
-        return RingStoreMetadata(None, Step(self.plan, start, computed, states, table), fresh)
+        step = Step(self.plan, start, computed, states, table, self.buffers)
+        return RingStoreMetadata(None, step, fresh)
 
     def _states(
         self, common: CommonAttentionMetadata, computed: list[int]

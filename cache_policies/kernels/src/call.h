@@ -31,14 +31,17 @@ struct Batch {
   const int32_t* store_row;     // [num_seqs] row index of the first store page
   const int32_t* block_table;   // [num_seqs, row_stride]
   int64_t row_stride;
+  const int32_t* slots;         // [num_seqs, num_kv_heads, slot_row], or null; see Call::run
+  int64_t slot_row;
 };
 
 // Probability mass to be added up per KV head and token; null first_query: none.
 struct Mass {
   const int32_t* first_query;  // [num_seqs] fresh queries from here on are counted
   const int32_t* first_token;  // [num_seqs] pages that end before this token are left out
-  const int64_t* out;          // [num_seqs] address of [num_kv_heads, stride] floats, or 0
-  const int64_t* stride;       // [num_seqs]
+  const int32_t* place;        // [num_seqs] where in a row of out its tokens begin; below 0: not counted
+  float* out;                  // [num_kv_heads, stride]
+  int64_t stride;
 };
 
 // Store pages that are read; null count: all of them.
@@ -84,7 +87,13 @@ struct Call {
     return run(seq, batch.store_row[seq] + page, head);
   }
 
+  // Where a head's bytes of the page at a row index are: the only function that knows. With a
+  // slot map they are in another place of the request's row.
   const uint8_t* run(int seq, int row, int head) const {
+    if (batch.slots) {
+      const int slot = batch.slots[(int64_t(seq) * num_kv_heads + head) * batch.slot_row + row];
+      row = slot / num_kv_heads, head = slot % num_kv_heads;
+    }
     const int64_t id = batch.block_table[seq * batch.row_stride + row];
     return pages + id * page_stride + head * head_stride;
   }
@@ -93,14 +102,20 @@ struct Call {
   }
 };
 
+// Tokens of several sequences, one after the other: sequence s has index[head][start[s] .. start[s + 1]),
+// and its keys and values are at the same places of [num_kv_heads, count, head_size].
+struct Moved {
+  const int32_t* index;  // [num_kv_heads, count]; below 0: none
+  const int32_t* start;  // [num_seqs + 1]
+  int64_t count;
+  float *key, *value;
+};
+
 struct Kernels {
   bool (*attend)(const Call&);  // false: no memory
   void (*append)(Call&);
-  // Of the batch's only sequence: tokens index[head][0 .. count) -> key and value
-  // [num_kv_heads, count, head_size]; index null: tokens 0 .. count.
-  void (*read)(const Call&, const int32_t* index, int count, float* key, float* value);
-  // The reverse; a token below 0 is left out. The batch's counts are those after the write.
-  void (*write)(Call&, const int32_t* index, int count, float* key, float* value);
+  void (*read)(const Call&, const Moved&);
+  void (*write)(Call&, const Moved&);  // the batch's counts are those after the write
 };
 
 inline int64_t item_bytes(Dtype d) { return d == Dtype::f32 ? 4 : d == Dtype::s8 ? 1 : 2; }

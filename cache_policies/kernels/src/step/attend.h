@@ -74,7 +74,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
   const int d = c.layout.head_size, group = heads_per_query(c);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
     const int query = t.query_from + r / group - c.mass.first_query[t.seq];
-    if (query < 0 || !c.mass.out[t.seq]) continue;
+    if (query < 0 || c.mass.place[t.seq] < 0) continue;
     z.log2[(z.offset[t.seq] + query) * c.num_heads + t.head * group + r % group] = s->top[r] + log2f(s->sum[r]);
   }
   for (int r = 0; r < t.queries * group; r++) {

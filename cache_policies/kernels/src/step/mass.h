@@ -10,7 +10,7 @@ static int64_t counted_queries(const Call& c, int64_t* first) {
   int64_t queries = 0;
   for (int s = 0; s < b.num_seqs; s++) {
     first[s] = queries;
-    if (c.mass.out[s]) queries += max_int(0, b.query_start[s + 1] - b.query_start[s] - c.mass.first_query[s]);
+    if (c.mass.place[s] >= 0) queries += max_int(0, b.query_start[s + 1] - b.query_start[s] - c.mass.first_query[s]);
   }
   return queries;
 }
@@ -65,7 +65,7 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
     }
   }
   const int before = t.part == Part::store ? 0 : c.batch.stored[t.seq] + (t.part == Part::fresh ? c.batch.ring[t.seq] : 0);
-  float* out = (float*)c.mass.out[t.seq] + t.head * c.mass.stride[t.seq] + before + t.first;
+  float* out = c.mass.out + t.head * c.mass.stride + c.mass.place[t.seq] + before + t.first;
   for (int i = 0; i < t.count; i++) out[i] += mass[i];
 }
 
@@ -91,7 +91,7 @@ static int mass_tiles(const Call& c, int seq, int head, MassTask* tasks) {
 static int all_mass_tiles(const Call& c, MassTask* tasks) {
   int count = 0;
   for (int s = 0; s < c.batch.num_seqs; s++)
-    for (int h = 0; h < c.num_kv_heads && c.mass.out[s]; h++)
+    for (int h = 0; h < c.num_kv_heads && c.mass.place[s] >= 0; h++)
       count += mass_tiles(c, s, h, tasks ? tasks + count : nullptr);
   return count;
 }

@@ -4,10 +4,10 @@
 
 #include "step/append.h"
 
-static void read_stored(const Call& c, int head, int token, float* key, float* value) {
+static void read_stored(const Call& c, int seq, int head, int token, float* key, float* value) {
   const Layout& l = c.layout;
   const int d = l.head_size, n = l.page_tokens, slot = token % n;
-  const uint8_t* run = c.store_run(0, token / n, head);
+  const uint8_t* run = c.store_run(seq, token / n, head);
   if (l.kind == Kind::affine) {
     const uint16_t *ks = (const uint16_t*)(run + l.key_scale), *km = (const uint16_t*)(run + l.key_min);
     const uint16_t *vs = (const uint16_t*)(run + l.value_scale), *vm = (const uint16_t*)(run + l.value_min);
@@ -33,45 +33,65 @@ static void read_stored(const Call& c, int head, int token, float* key, float* v
   for (int j = 0; j < d; j++) key[j] *= k, value[j] *= v;
 }
 
-static void read_token(const Call& c, int head, int token, float* key, float* value) {
-  const int stored = c.batch.stored[0];
-  if (token < stored) read_stored(c, head, token, key, value);
-  else load_pending(c, 0, head, token - stored, 1, c.batch.ring[0], key, value);
+static void read_token(const Call& c, int seq, int head, int token, float* key, float* value) {
+  const int stored = c.batch.stored[seq], ring = c.batch.ring[seq];
+  if (token < 0) {
+    memset(key, 0, sizeof(float) * size_t(c.layout.head_size));
+    memset(value, 0, sizeof(float) * size_t(c.layout.head_size));
+    return;
+  }
+  if (token < stored) {
+    read_stored(c, seq, head, token, key, value);
+  } else {  // the first `appended` fresh tokens are in store and ring already
+    const int pending = token - stored;
+    load_pending(c, seq, head, pending < ring ? pending : pending + c.batch.appended[seq], 1, ring, key, value);
+  }
   leave_key(c, head, key);
   rotate_row(c.layout, value);
 }
 
-static void read_tokens(const Call& c, const int32_t* index, int count, float* key, float* value) {
-  const int d = c.layout.head_size, total = c.num_kv_heads * count;
-#pragma omp parallel for schedule(static) num_threads(c.num_threads)
-  for (int i = 0; i < total; i++) {
-    const int token = index ? index[i] : i % count;
-    read_token(c, i / count, token, key + int64_t(i) * d, value + int64_t(i) * d);
+enum { MOVED_TOGETHER = 64 };  // tokens of a task
+static void read_tokens(const Call& c, const Moved& m) {
+  const int64_t d = c.layout.head_size, parts = (m.count + MOVED_TOGETHER - 1) / MOVED_TOGETHER;
+#pragma omp parallel for schedule(static) num_threads(c.num_threads) if (parts > 1)
+  for (int64_t p = 0; p < parts * c.num_kv_heads; p++) {
+    const int head = int(p / parts);
+    const int64_t from = p % parts * MOVED_TOGETHER, end = min_int64(m.count, from + MOVED_TOGETHER);
+    int seq = 0;
+    for (int64_t i = from; i < end; i++) {
+      while (i >= m.start[seq + 1]) seq++;
+      const int64_t at = head * m.count + i;
+      read_token(c, seq, head, m.index[at], m.key + at * d, m.value + at * d);
+    }
   }
 }
 
 // Keys quantized per channel are written in whole groups: the index is then 0, 1, 2, ...
-static void write_head(Call& c, int head, const int32_t* index, int count, float* key, float* value) {
-  const int d = c.layout.head_size, stored = c.batch.stored[0];
+static void write_head(Call& c, int seq, int head, const int32_t* index, int count, float* key, float* value) {
+  const int d = c.layout.head_size, stored = c.batch.stored[seq];
   int i = 0;
   if (c.layout.kind == Kind::affine && c.layout.keys_per_channel) {
     i = min_int(count, stored);
     for (int t = 0; t < i; t++) enter_key(c, head, key + int64_t(t) * d);
-    write_store(c, 0, head, 0, i, key, value);
+    write_store(c, seq, head, 0, i, key, value);
   }
   for (; i < count; i++) {
     float *k = key + int64_t(i) * d, *v = value + int64_t(i) * d;
     if (index[i] < 0) continue;
     enter_key(c, head, k);
     rotate_row(c.layout, v);
-    if (index[i] < stored) write_store(c, 0, head, index[i], 1, k, v);
-    else write_ring(c, 0, head, index[i] - stored, k, v);
+    if (index[i] < stored) write_store(c, seq, head, index[i], 1, k, v);
+    else write_ring(c, seq, head, index[i] - stored, k, v);
   }
 }
 
-static void write_tokens(Call& c, const int32_t* index, int count, float* key, float* value) {
+static void write_tokens(Call& c, const Moved& m) {
   const int64_t d = c.layout.head_size;
-#pragma omp parallel for schedule(static) num_threads(c.num_threads)
-  for (int h = 0; h < c.num_kv_heads; h++)
-    write_head(c, h, index + int64_t(h) * count, count, key + h * count * d, value + h * count * d);
+  const int tasks = c.batch.num_seqs * c.num_kv_heads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(c.num_threads) if (tasks > 1)
+  for (int i = 0; i < tasks; i++) {
+    const int seq = i / c.num_kv_heads, head = i % c.num_kv_heads, count = m.start[seq + 1] - m.start[seq];
+    const int64_t at = head * m.count + m.start[seq];
+    write_head(c, seq, head, m.index + at, count, m.key + at * d, m.value + at * d);
+  }
 }
