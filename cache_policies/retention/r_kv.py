@@ -2,8 +2,8 @@
 
 Source: Cai et al., "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models",
 arXiv 2505.24133. For long answers: every ``interval`` tokens of them the store is cut to the
-budget. Differences: a key without a similar one keeps its similarity to the first token; the prompt is cut
-too, when it is complete.
+budget. Differences: a key without a similar one keeps its similarity to the first token; the prompt
+is cut too, when it is complete.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def r_kv(
         like = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1)
         like.fill_diagonal_(0)
         for row in like:
-            repeated = [t for t in range(n) if row[t] > 0.5]
-            if repeated:
+            repeated = (row > 0.5).nonzero()
+            if len(repeated):
                 row[repeated[-1]] = 0
         redundant = like.mean(0).softmax(0)
         score[head, :past] = balance * torch.stack(near) - (1 - balance) * redundant[:past]
