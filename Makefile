@@ -1,6 +1,7 @@
 # make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
 # make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
+# make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test test-sanitizers lint deploy-test
+.PHONY: setup demo test test-sanitizers test-vllm-next lint deploy-test
 setup: .venv/.ready
 
 .venv/.ready: $(sources)
@@ -29,6 +30,13 @@ test: setup
 
 test-sanitizers: setup
 	scripts/test_sanitizers.sh
+
+.venv-next/.ready: scripts/setup_next.sh .venv/.ready
+	scripts/setup_next.sh
+	touch $@
+
+test-vllm-next: .venv-next/.ready
+	.venv-next/bin/python -m pytest tests/scheduling
 
 deploy-test: setup
 	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests

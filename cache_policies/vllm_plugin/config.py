@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
+PROMPT_KEY = "cache_prompt_tokens"  # set by the scheduler, where workers cannot count them
 SCHEDULERS = "cache_policies.vllm_plugin.scheduler"
 SCHEDULER, ASYNC_SCHEDULER = f"{SCHEDULERS}.PolicyScheduler", f"{SCHEDULERS}.PolicyAsyncScheduler"
 

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
-from cache_policies.vllm_plugin.config import method_of, settings
+from cache_policies.vllm_plugin.config import PROMPT_KEY, method_of, settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +51,7 @@ class Rows:
         for index, params, prompt, output in update.added:
             self._leave(index)
             back = self.away.pop(id(output), None)
-            self.row[index] = back or (output, None, (params, len(prompt or ())))
+            self.row[index] = back or (output, None, (params, _prompt_tokens(params, prompt)))
         for first, second, direction in update.moved:
             one, other = self.row.pop(first, None), self.row.pop(second, None)
             if one is not None:
@@ -91,6 +91,12 @@ class Rows:
         entry = self.row.pop(index, None)
         if entry is not None:
             self.away[id(entry[0])] = entry
+
+
+def _prompt_tokens(params: Any, prompt: list[int] | None) -> int:
+    if prompt is not None:
+        return len(prompt)
+    return int((params.extra_args or {}).get(PROMPT_KEY, 0))  # 0: of a dummy batch
 
 
 _ROWS: dict[str, Rows] = {}

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
-from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_method
+from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
 from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.metrics import cache_metrics
@@ -51,16 +51,27 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
 
     def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids is None and request.sampling_params is not None:
+            # V1's workers learn a prompt's length from its tokens, which embeddings have none of.
+            known = request.sampling_params.extra_args or {}
+            request.sampling_params.extra_args = {**known, PROMPT_KEY: request.num_prompt_tokens}
         super().add_request(request)
+        try:
+            self._refuse(request)
+        except PolicyError as error:
+            # Too late for an HTTP 400, which only a check without the model can give: the
+            # request ends with an error, by the way vLLM has for its own late refusals.
+            logger.error("request %s is refused: %s", request.request_id, error)
+            extra = dict(request.sampling_params.extra_args or {})
+            extra.pop(POLICY_KEY, None)  # until it ends, a plain one
+            request.sampling_params.extra_args = extra
+            end_with_error(self, request.request_id, str(error))
+
+    def _refuse(self, request: Request) -> None:
+        if self.policy_managers and request.resumable:
+            raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
-            try:
-                refuse_method(manager.method(request), self.vllm_config.model_config)
-            except PolicyError as error:
-                # Too late for an HTTP 400, which only a check without the model can give: the
-                # request ends with an error, by the way vLLM has for its own late refusals.
-                logger.error("request %s is refused: %s", request.request_id, error)
-                request.sampling_params.extra_args.pop(POLICY_KEY)  # until it ends, a plain one
-                end_with_error(self, request.request_id, str(error))
+            refuse_method(manager.method(request), self.vllm_config.model_config)
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Send along what the request held, by the way that KV connectors have to responses.

@@ -224,6 +224,31 @@ def mixed(
     }  # fmt: skip
 
 
+def embedded(
+    model: str, policy: str, prompts: list[list[int]], methods: list[str], **options: Any
+) -> list[list[int]]:
+    """Each prompt under its method, given as the embeddings of its tokens."""
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import load_file
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, enable_prompt_embeds=True, **options)
+    table = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
+    outputs = llm.generate(
+        [{"prompt_embeds": table[torch.tensor(prompt)]} for prompt in prompts],
+        [
+            SamplingParams(
+                temperature=0, max_tokens=24, ignore_eos=True, extra_args={"cache_policy": method}
+            )
+            for method in methods
+        ],
+        use_tqdm=False,
+    )
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
 def pool_by_step(
     model: str,
     policy: str,

@@ -21,7 +21,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
@@ -29,6 +29,7 @@ from cache_policies.step.request import RequestState
 from cache_policies.vllm_plugin.config import method_of
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.manager import RingStoreManager
+from cache_policies.vllm_plugin.rows import Rows
 from cache_policies.vllm_plugin.scheduler import PolicyAsyncScheduler, PolicyScheduler
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
@@ -50,6 +51,7 @@ class Engine:
                             dtype="float32", max_model_len=LONGEST)  # fmt: skip
         self.config = VllmConfig(
             model_config=model,
+            additional_config={"cache_policy": policy},
             device_config=DeviceConfig("cpu"),
             cache_config=CacheConfig(block_size=PAGE, enable_prefix_caching=True),
             scheduler_config=SchedulerConfig(
@@ -219,6 +221,38 @@ def test_a_method_that_the_model_cannot_serve_ends_with_an_error(
         engine.step()
     assert engine.errors == {"bad", "unknown"}
     assert not engine.scheduler.requests
+
+
+def test_a_prompt_streamed_in_pieces_ends_with_an_error(llama: Path) -> None:
+    engine = Engine(llama, "fp16", 60, asynchronous=False)
+    parameters = SamplingParams(max_tokens=4, temperature=0)
+    engine.scheduler.add_request(
+        Request("s", [5] * 30, parameters, None, block_hasher=engine.hasher, resumable=True)
+    )
+    for _ in range(4):
+        engine.step()
+    assert engine.errors == {"s"}
+    assert not engine.scheduler.requests
+
+
+def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> None:
+    engine = Engine(llama, "fp16", 60, asynchronous=False)
+    parameters = SamplingParams(extra_args={"cache_policy": "snapkv(budget=100)"})
+    engine.scheduler.add_request(
+        Request("e", None, parameters, None, prompt_embeds=torch.zeros(300, 256))
+    )
+    (new,) = engine.scheduler.schedule().scheduled_new_reqs
+    rows = Rows(engine.config)
+    rows.plan = engine.spec.plan
+    rows.update(
+        BatchUpdate(
+            batch_size=1, removed=[], moved=[],
+            added=[(0, new.sampling_params, new.prompt_token_ids, [])],
+        )
+    )  # fmt: skip
+    state = rows.state(0)
+    assert state is not None
+    assert state.span == engine.manager.span(engine.scheduler.requests["e"])
 
 
 def test_our_overrides_take_what_vllm_gives() -> None:
