@@ -200,12 +200,15 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
+        key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
+            is attended to or stored, and added again to what is read; a softmax does not see it.
 
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
+    key_offset: torch.Tensor | None = None
 
 
 def sampled(first: int, queries: int, samples: int) -> list[int]:

@@ -6,7 +6,7 @@ decoder layers under a policy are ours, all others get vLLM's stock objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_current_vllm_config
@@ -34,6 +34,7 @@ from cache_policies.step.cut import Layer, Tokens
 from cache_policies.step.step import Step
 from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
+from cache_policies.vllm_plugin.key_bias import key_offset, warn_of_bias
 from cache_policies.vllm_plugin.metrics import cache_seconds
 from cache_policies.vllm_plugin.rotary import rope_of, watch
 from cache_policies.vllm_plugin.rows import rows_of
@@ -238,12 +239,19 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Give an edge layer its backend, before vLLM asks the backend for the layer's pages.
 
+        And warn of key biases that the layer's codec does not stand.
+
         A backend is not told which layer it is asked about. Can go when it is.
         """
         del act_dtype
         for name, module in self._modules.items():
-            if getattr(module, "impl", None) is self and self._is_edge(extract_layer_index(name)):
-                module.attn_backend = EdgeBackend
+            if getattr(module, "impl", None) is not self:
+                continue
+            index, policy = extract_layer_index(name), self.settings.policy
+            codec = policy.codec
+            if policy.edges and self._is_edge(index):
+                module.attn_backend, codec = EdgeBackend, policy.edges.built
+            warn_of_bias(module, codec, self._vllm_config, index)
 
     def do_kv_cache_update(self, *_: Any) -> None:
         """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
@@ -295,11 +303,12 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
         index = extract_layer_index(layer.layer_name)
         layout = self._layouts(kv_cache.shape[2])[self._is_edge(index)]
+        offset = key_offset(layer, layout.codec, self._vllm_config)
         return Layer(
             index=index,
             layers=self._vllm_config.model_config.get_total_num_hidden_layers(),
             layout=layout,
-            kernel=self._kernel_class(layout, self.shape),
+            kernel=self._kernel_class(layout, replace(self.shape, key_offset=offset)),
             pages=kv_cache.flatten(2),
             rope=rope_of(layer, self.head_size, self._vllm_config),
             scale=self.scale,

@@ -23,6 +23,8 @@ POLICIES = (
     "kivi(k_bits=4,v_bits=2)", "kivi(k_bits=8,v_bits=8)", "kivi-4bit(group=16,residual=64)",
     "kivi-2bit(group=64)", "kivi-2bit(group=32,residual=32)", "kivi-2bit+layers(codec=raw)",
     "kivi-4bit+layers(codec=flexgen-4bit)", "int8+layers(codec=kivi-4bit)",
+    "rotated(k_bits=4,v_bits=3)", "rotated(k_bits=3,v_bits=8)",
+    "kivi-4bit+layers(codec=rotated-3bit)",
 )  # fmt: skip
 # Around the edges of octets, spans, rings and pages.
 LENGTHS = st.one_of(
@@ -85,7 +87,7 @@ def test_equals_reference(
 @pytest.mark.parametrize(
     "policy",
     ["raw", "fp16", "int8", "flexgen-4bit(group=16)", "kivi-4bit(group=16,residual=32)",
-     "kivi-2bit(group=32,residual=32)"],
+     "kivi-2bit(group=32,residual=32)", "rotated-4bit", "rotated-3bit"],
 )  # fmt: skip
 def test_head_and_page_sizes(policy: str, head_size: int, page_tokens: int) -> None:
     try:
@@ -112,7 +114,10 @@ def test_without_integer_dots_only_summation_order_differs(policy: str) -> None:
 
 @pytest.mark.parametrize("isa", supported_isas())
 @pytest.mark.parametrize("fresh", [1, 40])
-@pytest.mark.parametrize("policy", ["int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit"])
+@pytest.mark.parametrize(
+    "policy",
+    ["int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "rotated-4bit", "rotated-3bit"],
+)
 def test_rounding_stays_under_a_tenth_of_the_codec(policy: str, fresh: int, isa: str) -> None:
     """Measured on the output: what decode in integers, and prefill in bfloat16 where the CPU has
     it, add beside what the codec loses."""

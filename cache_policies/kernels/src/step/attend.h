@@ -82,6 +82,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
   for (int r = 0; r < t.queries * group; r++) {
     float* row = s->out + int64_t(r) * d;
     for (int j = 0; j < d; j++) row[j] /= s->sum[r];
+    rotate_row(c.layout, row);
     const int64_t token = c.batch.query_start[t.seq] + t.query_from + r / group;
     store_row(const_cast<char*>(tensor_row(c, c.output, token, t.head * group + r % group)), c.dtype, d, row);
   }
@@ -180,7 +181,7 @@ static Tasks split_work(const Call& c, Task* tasks) {
 }
 
 // false: no memory
-static bool attend(const Call& c) {
+static bool attend_call(const Call& c) {
   const Tasks n = split_work(c, nullptr);
   const bool counts = c.mass.first_query != nullptr;
   Array<Task> tasks(n.count);
@@ -208,4 +209,17 @@ static bool attend(const Call& c) {
       }
   }
   return !failed && (!counts || count_mass(c, z));
+}
+
+// false: no memory
+static bool attend(const Call& c) {
+  if (!c.layout.rotation && !c.key_offset) return attend_call(c);
+  const int64_t items = int64_t(c.batch.query_start[c.batch.num_seqs]) * c.num_kv_heads * c.layout.head_size;
+  Array<float> key(items), value(items);
+  if (!key.ok() || !value.ok()) return false;
+  Call entered = c;
+  entered.key = enter_fresh(c, c.key, true, key.data);
+  entered.value = enter_fresh(c, c.value, false, value.data);
+  entered.fresh_dtype = Dtype::f32;
+  return attend_call(entered);
 }

@@ -133,7 +133,7 @@ static int split_samples(const Call& c, const PageMass& m, SampleTask* tasks) {
 }
 
 // false: no memory
-static bool page_mass(const Call& c, const PageMass& m) {
+static bool page_mass_call(const Call& c, const PageMass& m) {
   const int count = split_samples(c, m, nullptr);
   Array<SampleTask> tasks(count);
   if (!tasks.ok()) return false;
@@ -149,4 +149,15 @@ static bool page_mass(const Call& c, const PageMass& m) {
       if (x && log2.ok()) sample_task(c, m, tasks[i], log2.data, x);
   }
   return !failed;
+}
+
+// As in attend: fresh keys are brought to the form of stored ones first, where that is another.
+static bool page_mass(const Call& c, const PageMass& m) {
+  if (!c.layout.rotation && !c.key_offset) return page_mass_call(c, m);
+  Array<float> key(int64_t(c.batch.query_start[c.batch.num_seqs]) * c.num_kv_heads * c.layout.head_size);
+  if (!key.ok()) return false;
+  Call entered = c;
+  entered.key = enter_fresh(c, c.key, true, key.data);
+  entered.fresh_dtype = Dtype::f32;
+  return page_mass_call(entered, m);
 }
