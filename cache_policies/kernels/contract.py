@@ -138,12 +138,17 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay as they are.
+        sinks: ``[num_heads]`` float32, scores learned by the model which take part in the softmax
+            of every query and have no key and value; None: there are none.
 
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 class Kernel(Protocol):

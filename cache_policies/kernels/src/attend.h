@@ -34,7 +34,7 @@ static void load_queries(const Call& c, const Task& t, float* out) {
       float* row = out + int64_t(i * group + g) * d;
       const int64_t token = c.batch.query_start[t.seq] + t.query_from + i;
       load_row(tensor_row(c, c.query, token, t.head * group + g), c.dtype, d, row);
-      for (int j = 0; j < d; j++) row[j] *= c.scale * 1.44269504088896341f;  // log2(e)
+      for (int j = 0; j < d; j++) row[j] *= c.scale * LOG2_E;
     }
 }
 
@@ -109,8 +109,21 @@ struct Denominators {
   const int64_t* offset;   // [num_seqs] first query of a sequence
 };
 
+// a sink takes its share of the softmax and has no value
+static void add_sinks(const Call& c, const Task& t, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; r < t.queries * group; r++) {
+    const float sink = c.sinks[t.head * group + r % group] * LOG2_E;
+    const float top = max_float(s->top[r], sink), shrink = exp2f(s->top[r] - top);
+    s->top[r] = top;
+    s->sum[r] = s->sum[r] * shrink + exp2f(sink - top);
+    for (int j = 0; j < d; j++) s->out[int64_t(r) * d + j] *= shrink;
+  }
+}
+
 static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
+  if (c.sinks) add_sinks(c, t, s);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
     const int query = t.query_from + r / group - c.mass.first_query[t.seq];
     if (query < 0 || !c.mass.out[t.seq]) continue;
@@ -127,7 +140,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
 static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, const Denominators& z) {
   const Layout& l = c.layout;
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, c.soft_cap * LOG2_E};
   load_queries(c, t, x->query);
 #if defined(__AVX512BF16__)
   if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
@@ -156,7 +169,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
 static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial,
                       const Denominators& z) {
   const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, 0.f};
   softmax_begin(&s, rows, d);
   for (int r = 0; r < rows; r++) {
     for (int i = 0; i < splits; i++) s.top[r] = max_float(s.top[r], partial[(t[i].partial + r) * (d + 2)]);

@@ -58,6 +58,8 @@ struct Call {
   Dtype dtype;  // of query, key, value and output
   int num_heads, num_kv_heads;
   float scale;
+  float soft_cap;      // scores become soft_cap tanh(score / soft_cap); 0: they stay
+  const float* sinks;  // [num_heads] learned scores without a token, or null
   Tensor query, key, value, output;
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes
