@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -35,6 +36,10 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: Rows | None = None
         note_engine(vllm_config)
+        if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
+            from cache_policies.vllm_plugin.mamba import register_layers  # imports the layers
+
+            register_layers()
         asked = settings(vllm_config)
         if asked is None:
             return
