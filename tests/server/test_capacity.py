@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs import CODECS
 from cache_policies.policy import parse
-from server.capacity import ModelShape, capacity
+from server.capacity import capacity
 from server.cli import app
+from server.model_shape import ModelShape
 from server.models import ModelError, get_model, model_path, resolve
 
 if TYPE_CHECKING:

@@ -1,0 +1,72 @@
+"""Models of many families, tiny and random: the tokens of transformers, and pages of their own."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.engine.tiny_models import greedy, make_model
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Program
+
+pytestmark = pytest.mark.engine
+
+WINDOWS = ("gemma2", "gemma3", "gpt-oss", "llama4")
+STATES = ("granite4", "falcon-h1", "nemotron-h", "qwen3-next")
+HALF = ("qwen3-next",)  # vLLM has it for CPUs in bfloat16 only
+METHODS = [
+    "snapkv(budget=128)", "streaming-llm(window=124)", "h2o(heavy=64,recent=64)",
+    "pyramidkv(budget=128)", "quest(topk=1)", "all",
+]  # fmt: skip
+_random = random.Random(1)
+PROMPTS = [[_random.randrange(3, 500) for _ in range(n)] for n in (700, 333, 40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, str] = {}
+
+    def of(family: str) -> str:
+        if family not in made:
+            dtype = torch.bfloat16 if family in HALF else torch.float32
+            made[family] = make_model(family, tmp_path_factory.mktemp(family), dtype)
+        return made[family]
+
+    return of
+
+
+def _run(program: Program, models: Any, family: str, policy: str | None, **options: Any) -> Any:
+    dtype = "bfloat16" if family in HALF else "float32"
+    return program(
+        "family", model=models(family), policy=policy, prompts=PROMPTS, dtype=dtype, **options
+    )
+
+
+@pytest.mark.parametrize("family", [*WINDOWS, *STATES])
+def test_raw_answers_as_transformers_does(program: Program, models: Any, family: str) -> None:
+    got = _run(program, models, family, "raw")
+    assert got["tokens"] == greedy(models(family), PROMPTS, 8)
+    assert got["again"] == got["tokens"]
+    assert got["cached"][0] > 0
+    assert got["free"] == got["total"]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "granite4"])
+def test_smaller_pages_leave_windows_and_states_as_they_are(
+    program: Program, models: Any, family: str
+) -> None:
+    """int8 is near enough to give the same tokens, if nothing of its pages is read as numbers."""
+    got = _run(program, models, family, "int8", methods=METHODS)
+    assert got["tokens"] == greedy(models(family), PROMPTS, 8)
+    assert got["again"] == got["tokens"]
+    assert got["cached"][0] > 0
+    assert got["free"] == got["total"]
+    assert got["methods"][METHODS.index("all")] == got["tokens"][0]
+    assert all(len(tokens) == 8 for tokens in got["methods"])
+    ours = sum(layers for name, *_, layers in got["specs"] if name == "RingStoreSpec")
+    assert got["numbers"] == [(i, ours) for i in range(ours)]
+    assert got["kept"][0]["kept_tokens"] == 128 + 7
