@@ -203,7 +203,7 @@ def _poison(llm: Any) -> None:
     """Fill the pool with bytes that are a NaN in every float type, but for vLLM's null block."""
     modules = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     for module in modules.values():
-        caches = module.kv_cache
+        caches = getattr(module, "kv_cache", ())
         for cache in caches if isinstance(caches, (list, tuple)) else [caches]:
             cache[1:] = float("nan") if cache.is_floating_point() else 255
 
@@ -219,7 +219,7 @@ def family(
     """Greedy tokens in a poisoned pool, again with prefix hits, then under methods; the pages."""
     from vllm import SamplingParams
 
-    llm = engine(model, policy, skip_tokenizer_init=True, **options)
+    llm = engine(model, policy, **options)
     _poison(llm)
 
     def run(prompts: list[list[int]], extra: list[Any]) -> list[Any]:

@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("Llama4TextConfig", {
         **SMALL, "attention_chunk_size": 256, "num_local_experts": 2, "num_experts_per_tok": 1,
         "intermediate_size_mlp": 64, "moe_layers": [], "attn_temperature_tuning": False,
-        "no_rope_layers": [1, 1, 1, 0], "use_qk_norm": False,
+        "no_rope_layers": [1, 1, 1, 0], "use_qk_norm": False, "interleave_moe_layer_step": 0,
     }),
     "granite4": ("GraniteMoeHybridConfig", {
         **SMALL, **MAMBA2, "hidden_size": 128, "shared_intermediate_size": 64, "mamba_n_heads": 8,
@@ -66,6 +66,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     """Save a model of the family, whose next tokens are not all alike."""
     import transformers
+    from tokenizers import Tokenizer, models
 
     name, arguments = FAMILIES[family]
     torch.manual_seed(0)
@@ -79,20 +80,24 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
                 weight.normal_(0, 1)
     model.generation_config = transformers.GenerationConfig()
     model.to(dtype).save_pretrained(folder)
+    vocabulary = {chr(300 + i): i for i in range(IDS["vocab_size"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return str(folder)
 
 
-def greedy(folder: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """What transformers answers, in float32 and without a cache."""
+def agree(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
+    """How many tokens of each answer are those that transformers chooses, in float32.
+
+    A token is compared after the answer's tokens before it: all are the same where all agree.
+    """
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    answers = []
-    with torch.no_grad():
-        for prompt in prompts:
-            ids = list(prompt)
-            for _ in range(tokens):
-                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-                ids.append(int(logits.argmax()))
-            answers.append(ids[len(prompt) :])
-    return answers
+    counts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        chosen = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        counts.append(sum(a == b for a, b in zip(chosen, answer, strict=True)))
+    return counts
