@@ -5,9 +5,10 @@ bfloat16] [--memory 1024] [--policy kivi-4bit ...]``
 
 ``--model`` is an embedded model, a model folder, or a family of ``tests/engine/tiny_models.py``, of
 which a tiny random one is made. Every engine, stock vLLM first, runs in a process of its own and
-fills ``--tokens`` tokens with a random prompt and a few of an answer. Printed are blocks of the pool, bytes of a block,
-blocks that the request owns once its prompt is complete and the most it owned on the way; and the
-tokens that fit at once: the pool over what the request owns, times its tokens.
+fills ``--tokens`` tokens with a random prompt and a few tokens of an answer. Printed are blocks of
+the pool, bytes of a block, blocks that the request owns once its prompt is complete and the most
+it owned on the way; and the tokens that fit at once: the pool over what the request owns, times
+its tokens.
 """
 
 from __future__ import annotations

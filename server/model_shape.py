@@ -63,10 +63,12 @@ class ModelShape:
 
 def _kinds(config: Any) -> Iterator[str]:
     """Kind of every layer with a cache: ``full``, one of ``LOCAL``, or ``state``."""
+    if hasattr(config, "mamba_d_ssm"):  # Falcon-H1: attention and state in every layer
+        yield from ("full", "state") * config.num_hidden_layers
+        return
     listed = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if listed is None:
-        both = hasattr(config, "mamba_d_ssm")  # Falcon-H1: attention and state in every layer
-        yield from (("full", "state") if both else ("full",)) * config.num_hidden_layers
+        yield from ("full",) * config.num_hidden_layers
         return
     for name in listed:
         if name in LOCAL:

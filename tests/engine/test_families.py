@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from server.model_shape import ModelShape
 from tests.engine.tiny_models import agree, make_model
 
 if TYPE_CHECKING:
