@@ -8,7 +8,8 @@ which a tiny random one is made. Every engine, stock vLLM first, runs in a proce
 fills ``--tokens`` tokens with a random prompt and a few tokens of an answer. Printed are blocks of
 the pool, bytes of a block, blocks that the request owns once its prompt is complete and the most
 it owned on the way; and the tokens that fit at once: the pool over what the request owns, times
-its tokens.
+its tokens. Which blocks a request owns does not depend on what the model computes, so that its
+layers are left out unless ``--compute`` is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks.end_to_end import ENVIRONMENT, MARK
 
@@ -38,6 +42,16 @@ def folder_of(model: str, scratch: str) -> str:
     return make_model(model, Path(scratch)) if model in FAMILIES else model
 
 
+def _skip_layers(worker: Any) -> None:
+    runner = worker.model_runner
+    width, dtype = runner.model_config.get_hidden_size(), runner.model_config.dtype
+
+    def forward(*, positions: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.zeros(positions.shape[-1], width, dtype=dtype)
+
+    runner._model_forward = forward
+
+
 def measure(folder: str, policy: str, options: argparse.Namespace) -> list[int]:
     """Blocks of the pool, bytes of a block, blocks owned at the end and at most."""
     from vllm import LLM, SamplingParams
@@ -53,6 +67,8 @@ def measure(folder: str, policy: str, options: argparse.Namespace) -> list[int]:
         additional_config={"cache_policy": policy} if policy else {},
     )
     core = llm.llm_engine
+    if not options.compute:
+        core.collective_rpc(_skip_layers)
     manager = core.engine_core.engine_core.scheduler.kv_cache_manager
     config, pool = manager.kv_cache_config, manager.block_pool
     rng = random.Random(0)
@@ -75,6 +91,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--memory", type=int, default=1024, help="MiB of cache")
     parser.add_argument("--policy", action="append")
+    parser.add_argument("--compute", action="store_true", help="run the model's layers too")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only is not None:
@@ -89,6 +106,7 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.hybrid_capacity", "--only", policy]
             command += ["--model", folder, "--tokens", str(options.tokens)]
             command += ["--dtype", options.dtype, "--memory", str(options.memory)]
+            command += ["--compute"] if options.compute else []
             done = subprocess.run(
                 command, check=False, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, **ENVIRONMENT},
