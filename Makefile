@@ -1,15 +1,17 @@
 # make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
+# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
+# make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
 sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
-           $(wildcard cache_policies/kernels/src/*)
+           $(wildcard cache_policies/kernels/src/*.* cache_policies/kernels/src/*/*)
 # Nothing is sent out, and models come from the cache only.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test lint deploy-test
+.PHONY: setup demo test test-sanitizers test-vllm-next lint deploy-test
 setup: .venv/.ready
 
 .venv/.ready: $(sources)
@@ -25,6 +27,16 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest
+
+test-sanitizers: setup
+	scripts/test_sanitizers.sh
+
+.venv-next/.ready: scripts/setup_next.sh .venv/.ready
+	scripts/setup_next.sh
+	touch $@
+
+test-vllm-next: .venv-next/.ready
+	.venv-next/bin/python -m pytest tests/scheduling
 
 deploy-test: setup
 	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests

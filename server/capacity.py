@@ -22,7 +22,9 @@ class Capacity:
         bytes_per_token: store bytes of a token in all layers that grow.
         ring_bytes: bytes of a request's recent window in all of them.
         constant_bytes: bytes of a request in layers that do not grow.
-        requests: requests of the given length that fit together, all of these included.
+        request_bytes: bytes of a request of the given length, in whole pages, all of these
+            included.
+        requests: requests of the given length that fit together.
         ratio: bytes of such a request with 16-bit tokens in the layers that grow, divided by its
             bytes under the policy.
 
@@ -31,6 +33,7 @@ class Capacity:
     bytes_per_token: float
     ring_bytes: int
     constant_bytes: int
+    request_bytes: int
     requests: int
     ratio: float
 
@@ -60,6 +63,22 @@ def capacity(
         bytes_per_token=page_bytes / page_tokens,
         ring_bytes=plan.ring_pages * page_bytes,
         constant_bytes=constant,
+        request_bytes=needed,
         requests=memory // needed,
         ratio=half / needed,
     )
+
+
+FAR = 2**17  # tokens: whole pages, and more than a budget keeps
+
+
+def bytes_by_length(policy: Policy, shape: ModelShape) -> tuple[float, float]:
+    """Constant and slope of a long request's bytes as a function of its tokens, but for part pages.
+
+    Raises:
+        PolicyError: the policy cannot store this shape.
+
+    """
+    near, far = (capacity(policy, shape, 0, tokens).request_bytes for tokens in (FAR, 2 * FAR))
+    slope = (far - near) / FAR
+    return near - slope * FAR, slope

@@ -7,17 +7,13 @@ decoder layers under a policy are ours, all others get vLLM's stock objects.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import (
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    AttentionType,
-)
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -26,12 +22,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
-from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.kernels.contract import Shape
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
-from cache_policies.step.step import Step
-from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.builder import BuilderOfSpec, RingStoreMetadata
+from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
 from cache_policies.vllm_plugin.kinds import (
     is_full_attention,
@@ -40,18 +36,18 @@ from cache_policies.vllm_plugin.kinds import (
     policy_layers,
 )
 from cache_policies.vllm_plugin.metrics import cache_seconds
-from cache_policies.vllm_plugin.rows import rows_of
+from cache_policies.vllm_plugin.rotary import rope_of, watch
 from cache_policies.vllm_plugin.spec import RingStoreSpec
-from cache_policies.vllm_plugin.stock import StockBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from cache_policies.kernels.contract import Batch
     from cache_policies.pages.layout import PageLayout
 
 
@@ -103,71 +99,6 @@ class EdgeBackend(RingStoreBackend):
     """The same for first and last layers that have another codec."""
 
     edge = True
-
-
-@dataclass
-class RingStoreMetadata:
-    """One step: the batch in the kernels' terms.
-
-    Attributes:
-        batch: counts and block table, where every request is plain.
-        step: the batch where one is not.
-        num_tokens: fresh tokens, without padding.
-
-    """
-
-    batch: Batch | None
-    step: Step | None
-    num_tokens: int
-
-
-class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    """Applies the plan to vLLM's view of a step."""
-
-    def __init__(
-        self,
-        kv_cache_spec: RingStoreSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.plan = kv_cache_spec.plan
-        self.rows = rows_of(vllm_config)
-        self.rows.plan, self.rows.layers = self.plan, len(kv_cache_spec.layers)
-        # Of several groups of ours one tells the requests of a step.
-        first = min(extract_layer_index(name) for name in layer_names)
-        self.leads = first == kinds_of(vllm_config).ours[0]
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> RingStoreMetadata:
-        assert common_prefix_len == 0
-        count = common_attn_metadata.num_reqs
-        start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
-        lengths = common_attn_metadata.seq_lens[:count].numpy()
-        computed = lengths - (start[1:] - start[:-1])
-        table = common_attn_metadata.block_table_tensor[:count]
-        fresh = common_attn_metadata.num_actual_tokens
-        states = self.rows.states(count)
-        if all(state is None for state in states):
-            return RingStoreMetadata(Batch.of(self.plan, start, computed, table), None, fresh)
-        for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
-            if state is not None and self.leads:
-                state.advance(before, after)
-        return RingStoreMetadata(None, Step(self.plan, start, computed, states, table), fresh)
-
-
-class BuilderOfSpec(StockBuilder):
-    """Our builder for our specs; models derive builders for other specs from the stock one."""
-
-    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kv_cache_spec, RingStoreSpec):
-            return RingStoreMetadataBuilder(kv_cache_spec, *args, **kwargs)
-        return super().__new__(cls)
 
 
 def _no_config() -> VllmConfig | None:
@@ -232,8 +163,8 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.shape = Shape(num_heads, num_kv_heads, float(scale), logits_soft_cap or 0.0, sinks)
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
-        self._model_config = vllm_config.model_config
-        self._config = weakref.proxy(vllm_config)
+        self._vllm_config = vllm_config
+        watch()
         self._modules = vllm_config.compilation_config.static_forward_context
         logger.info_once(
             "kvthrift: cache policy %s, attention kernel %s",
@@ -248,7 +179,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         return layouts(self.settings.policy, self.head_size, page_tokens, self.model_dtype)
 
     def _is_edge(self, index: int) -> bool:
-        layers = self._model_config.get_total_num_hidden_layers()
+        layers = self._vllm_config.model_config.get_total_num_hidden_layers()
         return is_edge(self.settings.policy, index, layers)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -309,7 +240,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         return output
 
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
-        number, numbers = extract_layer_index(layer.layer_name), policy_layers(self._config)
+        number, numbers = extract_layer_index(layer.layer_name), policy_layers(self._vllm_config)
         layout = self._layouts(kv_cache.shape[2])[self._is_edge(number)]
         return Layer(
             index=numbers.index(number),
@@ -317,7 +248,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             layout=layout,
             kernel=self._kernel_class(layout, self.shape),
             pages=kv_cache.flatten(2),
-            rope=model_rope(self._model_config),
+            rope=rope_of(layer, self.head_size, self._vllm_config),
             scale=self.scale,
             clock=_clock,
         )

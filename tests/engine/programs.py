@@ -13,6 +13,9 @@ import sys
 import traceback
 from typing import Any
 
+from tests.engine.hybrids import family  # noqa: F401  # a program too
+from tests.engine.rotary import rotary  # noqa: F401  # a program too
+
 MARK = "program result: "
 
 
@@ -29,8 +32,12 @@ def engine(model: str, policy: str | None, **options: Any) -> Any:
     return LLM(model, **{**defaults, **options})
 
 
+def _core(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
 def _pool(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return _core(llm).scheduler.kv_cache_manager.block_pool
 
 
 def _preemptions(llm: Any) -> int:
@@ -77,6 +84,8 @@ def generate(
         "total": pool.num_gpu_blocks - 1,  # vLLM keeps one null block
         "preemptions": _preemptions(llm),
         "impl": type(layer.impl).__name__,
+        "runner": type(_core(llm).model_executor.driver_worker.worker.model_runner).__module__,
+        "scheduler": type(_core(llm).scheduler).__name__,
     }
 
 
@@ -108,6 +117,7 @@ def storm(
     requests: int,
     seed: int,
     methods: tuple[str, ...] = ("all",),
+    longest: int = 500,
     **options: Any,
 ) -> dict[str, int]:
     """Random requests with random cancellations in a tiny pool; then every page must be free."""
@@ -129,7 +139,7 @@ def storm(
         if waiting and len(alive) < 12:
             name = f"r{waiting}"
             prompt = [7] * rng.choice((3, 3, 200)) + [
-                rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))
+                rng.randrange(9, 200) for _ in range(rng.randrange(1, longest))
             ]
             parameters = SamplingParams(
                 temperature=0,
@@ -161,6 +171,20 @@ def storm(
     }  # fmt: skip
 
 
+def _answered_when_preempted(scheduler: Any) -> dict[str, int]:
+    """Filled as requests are preempted for the first time: tokens of their answers."""
+    preempt, answered = scheduler._preempt_request, {}
+
+    def noted(request: Any, *rest: Any, **more: Any) -> None:
+        tokens = request.num_output_tokens + request.num_output_placeholders
+        name = request.request_id.rpartition("-")[0]  # vLLM adds a random part
+        answered.setdefault(name, tokens)
+        preempt(request, *rest, **more)
+
+    scheduler._preempt_request = noted
+    return answered
+
+
 def mixed(
     model: str,
     policy: str,
@@ -182,6 +206,7 @@ def mixed(
         )
         for method in methods
     ]  # fmt: skip
+    answered = _answered_when_preempted(_core(llm).scheduler)
     pairs = list(zip(prompts, parameters, strict=True))
     batches = [pairs] if together else [[pair] for pair in pairs]
     outputs = [
@@ -194,68 +219,35 @@ def mixed(
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "cached": [o.num_cached_tokens for o in outputs],
+        "undisturbed": [answered.get(o.request_id, max_tokens) for o in outputs],
         "free": pool.get_num_free_blocks(), "total": pool.num_gpu_blocks - 1,
         "preemptions": _preemptions(llm),
     }  # fmt: skip
 
 
-def _poison(llm: Any) -> None:
-    """Fill the pool with bytes that are a NaN in every float type, but for vLLM's null block."""
-    modules = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    for module in modules.values():
-        caches = getattr(module, "kv_cache", ())
-        for cache in caches if isinstance(caches, (list, tuple)) else [caches]:
-            cache[1:] = float("nan") if cache.is_floating_point() else 255
+def embedded(
+    model: str, policy: str, prompts: list[list[int]], methods: list[str], **options: Any
+) -> list[list[int]]:
+    """Each prompt under its method, given as the embeddings of its tokens."""
+    from pathlib import Path
 
-
-def family(
-    model: str,
-    policy: str | None,
-    prompts: list[list[int]],
-    methods: list[str] = (),  # type: ignore[assignment]
-    max_tokens: int = 8,
-    **options: Any,
-) -> dict[str, Any]:
-    """Greedy tokens in a poisoned pool, again with prefix hits, then under methods; the pages."""
+    import torch
+    from safetensors.torch import load_file
     from vllm import SamplingParams
 
-    llm = engine(model, policy, **options)
-    _poison(llm)
-
-    def run(prompts: list[list[int]], extra: list[Any]) -> list[Any]:
-        parameters = [
+    llm = engine(model, policy, enable_prompt_embeds=True, **options)
+    table = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
+    outputs = llm.generate(
+        [{"prompt_embeds": table[torch.tensor(prompt)]} for prompt in prompts],
+        [
             SamplingParams(
-                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
-                extra_args=e,
+                temperature=0, max_tokens=24, ignore_eos=True, extra_args={"cache_policy": method}
             )
-            for e in extra
-        ]  # fmt: skip
-        requests = [{"prompt_token_ids": p} for p in prompts]
-        return list(llm.generate(requests, parameters, use_tqdm=False))
-
-    runs = [run(prompts, [None] * len(prompts)) for _ in range(2)]
-    longest = [max(prompts, key=len)] * len(methods)
-    runs.append(run(longest, [{"cache_policy": m} for m in methods]) if methods else [])
-    pool, modules = _pool(llm), llm.llm_engine.vllm_config.compilation_config
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    config = scheduler.kv_cache_config
-    layers = [getattr(m, "impl", None) for m in modules.static_forward_context.values()]
-    made = [i._layer for i in layers if getattr(i, "_layer", None)]
-    tokens = [[list(o.outputs[0].token_ids) for o in outputs] for outputs in runs]
-    return {
-        "tokens": tokens[0], "again": tokens[1], "methods": tokens[2],
-        "cached": [o.num_cached_tokens for o in runs[1]],
-        "kept": [(o.kv_transfer_params or {}).get("kv_cache", {}) for o in runs[2]],
-        "free": pool.get_num_free_blocks(), "total": pool.num_gpu_blocks - 1,
-        "layout": config.kv_cache_layout, "blocks": config.num_blocks,
-        "block_bytes": config.kv_cache_tensors[0].size // config.num_blocks,
-        "specs": [
-            (type(s).__name__, s.block_size, s.state_content_size_bytes, len(g.layer_names))
-            for g in config.kv_cache_groups
-            for s in [getattr(g.kv_cache_spec, "first_spec", g.kv_cache_spec)]
+            for method in methods
         ],
-        "numbers": [(layer.index, layer.layers) for layer in made],
-    }  # fmt: skip
+        use_tqdm=False,
+    )
+    return [list(out.outputs[0].token_ids) for out in outputs]
 
 
 def pool_by_step(

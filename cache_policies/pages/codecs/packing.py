@@ -1,4 +1,4 @@
-"""Bit-packed code layouts shared by KIVI and FlexGen, and min-max quantization.
+"""Bit-packed code layouts of the min-max codecs, and min-max quantization.
 
 Codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``, AVX-512
 ``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) into one lane:
@@ -7,7 +7,9 @@ Codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``, AV
 * values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.
 
 A vector is 32 bytes of codes. With ``bits`` per code, ``8 / bits`` vectors share 32 bytes:
-vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``.
+vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the low
+two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of vector
+``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ from cache_policies.errors import PolicyError
 
 BITS = (2, 4, 8)
 FP16_MAX = torch.finfo(torch.float16).max
+_HIGH_BIT = (torch.arange(4)[:, None] + 4 * torch.arange(2)).to(torch.uint8)[..., None]
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Raise PolicyError unless ``bits`` can be packed."""
-    if bits not in BITS:
-        raise PolicyError(f"{name}={bits} is not one of {BITS}")
+def check_bits(name: str, bits: int, allowed: tuple[int, ...] = BITS) -> None:
+    """Raise PolicyError unless ``bits`` is allowed."""
+    if bits not in allowed:
+        raise PolicyError(f"{name}={bits} is not one of {allowed}")
+
+
+def block_shape(bits: int) -> tuple[int, int]:
+    """Bytes of four vectors."""
+    return (3, 16) if bits == 3 else (bits // 2, 32)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +55,12 @@ def quantize(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, ...]:
 
 
 def _merge(vectors: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[..., 4, 8, 4]`` codes -> ``[..., bits / 2, 32]`` bytes."""
+    """``[..., 4, 8, 4]`` codes -> ``[..., *block_shape(bits)]`` bytes."""
+    if bits == 3:
+        low = _merge(vectors & 3, 2).unflatten(-1, (2, 16)).flatten(-3, -2)
+        halves = (vectors >> 2).flatten(-2).unflatten(-1, (2, 16))
+        high = (halves << _HIGH_BIT).sum((-3, -2), dtype=torch.uint8)
+        return torch.cat([low, high[..., None, :]], -2)
     per_byte = 8 // bits
     split = vectors.flatten(-2).unflatten(-2, (4 // per_byte, per_byte))
     shifts = (torch.arange(per_byte) * bits).to(torch.uint8)[:, None]
@@ -56,13 +69,17 @@ def _merge(vectors: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of ``_merge``."""
+    if bits == 3:
+        low = _split(packed[..., :2, :].flatten(-2)[..., None, :], 2)
+        high = (packed[..., 2:, None, :] >> _HIGH_BIT) & 1
+        return low | (high.flatten(-2).unflatten(-1, (8, 4)) << 2)
     shifts = (torch.arange(8 // bits) * bits).to(torch.uint8)[:, None]
     codes = (packed[..., None, :] >> shifts) & (2**bits - 1)
     return codes.flatten(-3, -2).unflatten(-1, (8, 4))
 
 
 def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, channels / 4, bits / 2, 32]``."""
+    """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, channels / 4, *block_shape]``."""
     spans = codes.unflatten(1, (-1, 4, 8)).unflatten(-1, (-1, 4))
     return _merge(spans.permute(0, 1, 4, 2, 3, 5), bits)
 
@@ -74,7 +91,7 @@ def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[heads, tokens, channels]`` -> ``[heads, channels / 8, tokens / 16, bits / 2, 32]``."""
+    """``[heads, tokens, channels]`` -> ``[heads, channels / 8, tokens / 16, *block_shape]``."""
     spans = codes.unflatten(1, (-1, 4, 4)).unflatten(-1, (-1, 8))
     return _merge(spans.permute(0, 4, 1, 2, 5, 3), bits)
 
