@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from cache_policies.kernels.counts import Buffers
 from cache_policies.vllm_plugin.builder import RingStoreMetadata, RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.rows import Rows
@@ -43,6 +44,7 @@ def build(guard: PolicyGuard, slots: list[int], computed: list[int], fresh: list
     assert guard.rows is not None
     builder.plan = guard.rows.plan = spec.plan
     builder.rows, builder.leads = guard.rows, True
+    builder.buffers = Buffers(torch.device("cpu"))
     guard.rows.layers = len(spec.layers)
     start = torch.tensor([0, *np.cumsum(fresh)], dtype=torch.int32)
     lengths = torch.tensor(computed, dtype=torch.int32) + torch.tensor(fresh, dtype=torch.int32)
