@@ -1,7 +1,7 @@
 # make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
-# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
+# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
@@ -28,15 +28,15 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest
 
-test-sanitizers: setup
-	scripts/test_sanitizers.sh
-
 .venv-next/.ready: scripts/setup_next.sh .venv/.ready
 	scripts/setup_next.sh
 	touch $@
 
 test-vllm-next: .venv-next/.ready
 	.venv-next/bin/python -m pytest tests/scheduling
+
+test-sanitizers: setup
+	scripts/test_sanitizers.sh
 
 deploy-test: setup
 	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests

@@ -121,14 +121,12 @@ def policies(
 
 
 def _methods() -> Table:
-    from cache_policies.retention import Retention, retention_methods
-    from cache_policies.retrieval import RETRIEVAL, Retrieval
+    from cache_policies.policy import method_classes
 
     table = Table(title="with any codec, as METHOD+CODEC; a request may choose METHOD for itself")
     for heading in ("method", "parameters", "keeps", "loses", "prefill"):
         table.add_column(heading, overflow="fold")
-    methods: dict[str, type[Retention] | type[Retrieval]] = {**retention_methods(), **RETRIEVAL}
-    for name, cls in methods.items():
+    for name, cls in method_classes().items():
         shown = ", ".join(f"{k}={v}" for k, v in cls.settable().items() if k != "prefill")
         table.add_row(name, shown, cls.keeps, cls.loses, ", ".join(cls.PREFILL))
     return table

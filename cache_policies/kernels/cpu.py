@@ -103,6 +103,34 @@ class CpuKernel:
         )
         del kept_alive
 
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._set(pages, batch)
+        _require(blocks.dtype == torch.int32 and blocks.is_contiguous(), "blocks: int32")
+        _require(samples > 0, "at least one sample")
+        heads = self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // self.layout.page_tokens)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        self._layer.page_mass(
+            *self._rows("query", query, self.shape.num_heads),
+            *self._rows("key", key, heads),
+            blocks.data_ptr(),
+            len(blocks),
+            samples,
+            mass.data_ptr(),
+            rest.data_ptr(),
+            most,
+            self.num_threads,
+        )
+        return mass, rest
+
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
     ) -> None:
@@ -193,7 +221,7 @@ class CpuKernel:
         self, batch: Batch, mass: Mass | None, reads: Reads | None
     ) -> list[torch.Tensor]:
         """Pass the addresses on; returns what must live until the call is over."""
-        addresses, kept = [0, 0, 0, 0, 0, 0, 0, 0], []
+        addresses, kept = [0] * 10, []
         if mass is not None:
             held = batch.stored + batch.ring + batch.query_start[1:] - batch.query_start[:-1]
             out, kept = mass.out, [mass.first_query, mass.first_token, mass.place]
@@ -208,7 +236,10 @@ class CpuKernel:
         if reads is not None:
             _require(reads.pages.dtype == torch.int32 and reads.pages.is_contiguous(), "reads")
             _require(reads.count.dtype == torch.int32 and reads.count.is_contiguous(), "reads")
-            addresses[5:] = [reads.pages.data_ptr(), reads.count.data_ptr(), reads.pages.shape[2]]
+            _require(reads.first.dtype == torch.int32, "reads: int32")
+            _require(len(reads.first) == batch.num_seqs, "reads: a first list per request")
+            lists = [x.data_ptr() for x in (reads.pages, reads.count, reads.first)]
+            addresses[5:] = [*lists, reads.pages.shape[2], reads.block]
         self._layer.set_options(*addresses)
         return kept
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.pages.codecs.packing import to_half
 from cache_policies.pages.plan import Plan
@@ -48,6 +49,32 @@ class ReferenceKernel:
             output[span] = (weights @ values).transpose(0, 1).to(output.dtype)
             if mass is not None and int(mass.place[seq]) >= 0:
                 self._count(weights, int(batch.stored[seq]), seq, mass)
+
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size, heads = self.plan.page_tokens, self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // size)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        for i, (seq, first, queries) in enumerate(blocks.tolist()):
+            fresh = key[_span(batch, seq)]
+            keys, _ = self._held(pages, batch, seq, fresh, fresh)
+            mask = self._visible(batch, seq, keys.shape[1], None)
+            rows = torch.tensor(sampled(first, queries, samples))
+            chosen = query[int(batch.query_start[seq]) + rows].float()
+            weights = self._weights(chosen, keys, mask[:, rows])
+            mean = weights.mean(1).unflatten(0, (heads, -1)).mean(1)  # [kv heads, tokens]
+            stored = int(batch.stored[seq])
+            page = torch.arange(stored) // size
+            mass[i].index_add_(1, page, mean[:, :stored])
+            rest[i] = mean[:, stored:].sum(1)
+        return mass, rest
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -184,12 +211,16 @@ class ReferenceKernel:
         fresh = int(batch.query_start[seq + 1] - batch.query_start[seq])
         causal = torch.ones(fresh, total, dtype=torch.bool).tril(total - fresh)
         mask = causal.repeat(self.shape.num_kv_heads, 1, 1)
-        if reads is None or int(reads.count[seq, 0]) < 0:
+        if reads is None:
             return mask
         page = torch.arange(int(batch.stored[seq])) // self.plan.page_tokens
-        for head in range(self.shape.num_kv_heads):
-            chosen = reads.pages[seq, head, : int(reads.count[seq, head])]
-            mask[head, :, : len(page)] &= torch.isin(page, chosen)
+        block = reads.block or max(1, fresh)
+        for number, first in enumerate(range(0, fresh, block), int(reads.first[seq])):
+            for head in range(self.shape.num_kv_heads):
+                count = int(reads.count[number, head])
+                if count >= 0:
+                    read = torch.isin(page, reads.pages[number, head, :count])
+                    mask[head, first : first + block, : len(page)] &= read
         return mask
 
     def _weights(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

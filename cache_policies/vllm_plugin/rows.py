@@ -9,10 +9,12 @@ tokens, which vLLM keeps for as long as the request lives.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.vllm_plugin.config import PROMPT_KEY, method_of, settings
+from cache_policies.vllm_plugin.mailbox import mailbox_of, slot_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +39,7 @@ class Rows:
         asked = settings(vllm_config)
         assert asked is not None
         self.default = asked.policy.method
+        self.vllm_config = vllm_config
         self.cache, self.model = vllm_config.cache_config, vllm_config.model_config
         self.row: dict[int, tuple[list[int], RequestState | None, Any]] = {}
         self.away: dict[int, tuple[list[int], RequestState | None, Any]] = {}
@@ -80,6 +83,9 @@ class Rows:
             if method.is_plain:
                 return None
             state = RequestState(method, span_of(method, self._engine(), prompt))
+            slot = slot_of(params)
+            if method.prefill is not None and slot is not None:
+                state.reading.report = partial(mailbox_of(self.vllm_config).write, slot)
             self.row[index] = output, state, (params, prompt)
         return state
 

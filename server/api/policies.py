@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters
-from cache_policies.policy import parse
+from cache_policies.policy import method_classes, parse
 from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
-from cache_policies.retrieval import RETRIEVAL
+from cache_policies.retrieval import PREFILL, RETRIEVAL
 from cache_policies.vllm_plugin.config import refuse_method
 from server.api.page import page
 from server.api.schemas import (
@@ -61,7 +61,7 @@ async def list_policies(request: Request) -> PolicyList:
     edges = state.policy is not None and state.policy.edges is not None
     terms.append(_layout_term(EdgeLayers.name, EdgeLayers, {}, serving=edges))
     terms += [_method(name, "retention", state) for name in retention_methods()]
-    terms += [_method(name, "retrieval", state) for name in RETRIEVAL]
+    terms += [_method(name, "retrieval", state) for name in (*RETRIEVAL, *PREFILL)]
     policy = str(state.policy) if state.policy else None
     names = state.names
     return PolicyList(
@@ -88,7 +88,7 @@ def _layout_term(
 
 
 def _method(name: str, kind: Any, state: ServerState) -> PolicyTerm:
-    cls: Any = {**retention_methods(), **RETRIEVAL}[name]
+    cls = method_classes()[name]
     why_not = None
     if state.policy is None:
         why_not = "this server runs without a cache policy: kvthrift serve --cache-policy"

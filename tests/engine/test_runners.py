@@ -61,7 +61,9 @@ def test_an_engine_without_a_policy_starts_and_is_vllms(
     assert stock["runner"] == "vllm.v1.worker.cpu.model_runner"
     asynchronous = v2.runner == "v2-async"  # type: ignore[attr-defined]
     assert stock["scheduler"] == ("AsyncScheduler" if asynchronous else "Scheduler")
-    assert stock["results"] == pytest.approx(v1("generate", **arguments)["results"])
+    for got, expected in zip(stock["results"], v1("generate", **arguments)["results"], strict=True):
+        assert got["tokens"] == expected["tokens"]
+        assert got["logprobs"][0] == pytest.approx(expected["logprobs"][0], abs=2e-3)
 
 
 @pytest.mark.parametrize("policy", ["raw", "kivi-4bit"])
@@ -111,6 +113,12 @@ def test_preemption_keeps_the_policy(v1: Program, v2: Program, tiny: str) -> Non
     ):
         assert got[:same] == expected[:same]
     assert small["tokens"][0] == roomy["tokens"][0]  # of the one that drops nothing
+
+
+def test_a_bad_method_is_refused_at_admission(v2: Program, tiny: str) -> None:
+    first, second = v2("rejected", model=tiny, policy=None, methods=["snapkv"], **SMALL)
+    assert "runs without a cache policy" in first
+    assert second == "length"
 
 
 def test_a_storm_of_policies_leaves_every_page_free(v2: Program, tiny: str) -> None:

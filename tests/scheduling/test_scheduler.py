@@ -30,8 +30,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
+from cache_policies.errors import PolicyError
 from cache_policies.step.request import RequestState
-from cache_policies.vllm_plugin.config import method_of
+from cache_policies.vllm_plugin.config import method_of, refuse_engine
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.rows import Rows
@@ -213,7 +214,6 @@ def test_pages_are_published_only_when_their_tokens_are_known(
 def test_a_method_that_the_model_cannot_serve_ends_with_an_error(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cache_policies.errors import PolicyError
 
     def refuse(method: Any, _: Any) -> None:
         if not method.is_plain:
@@ -260,6 +260,22 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
     state = rows.state(0)
     assert state is not None
     assert state.span == engine.manager.span(engine.scheduler.requests["e"])
+
+
+def test_what_the_v2_runner_cannot_do_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Engine(llama, "fp16", 60, asynchronous=False).config
+    refuse_engine(config)
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    refuse_engine(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(PolicyError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        refuse_engine(config)
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 1)
+    monkeypatch.setattr(config.parallel_config, "enable_dbo", True)
+    with pytest.raises(PolicyError, match="drop --enable-dbo"):
+        refuse_engine(config)
 
 
 def test_our_overrides_take_what_vllm_gives() -> None:

@@ -97,10 +97,12 @@ class Layer {
 
   // addresses of 0: no mass is counted, all pages are read
   void set_options(intptr_t first_query, intptr_t first_token, intptr_t place, intptr_t out, int64_t stride,
-                   intptr_t reads, intptr_t read_count, int64_t read_width) {
+                   intptr_t reads, intptr_t read_count, intptr_t read_first, int64_t read_width,
+                   int read_block) {
     call_.mass = {address<const int32_t>(first_query), address<const int32_t>(first_token),
                   address<const int32_t>(place), address<float>(out), stride};
-    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count), read_width};
+    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count),
+                   address<const int32_t>(read_first), read_width, read_block};
   }
 
   void attend(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t value,
@@ -109,6 +111,16 @@ class Layer {
     call_.query = {address<char>(query), query_stride};
     call_.output = {address<char>(output), output_stride};
     if (!kernels_.attend(call_)) throw std::bad_alloc();
+  }
+
+  void page_mass(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t blocks,
+                 int count, int samples, intptr_t mass, intptr_t rest, int64_t width, int num_threads) {
+    set_tensors(key, key_stride, 0, 0, num_threads);
+    call_.query = {address<char>(query), query_stride};
+    call_.reads = {};
+    const PageMass wanted = {address<const int32_t>(blocks), count, samples, address<float>(mass),
+                             address<float>(rest), width};
+    if (!kernels_.page_mass(call_, wanted)) throw std::bad_alloc();
   }
 
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
@@ -174,6 +186,7 @@ NB_MODULE(_cpu, m) {
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
+      .def("page_mass", &Layer::page_mass, nb::call_guard<nb::gil_scoped_release>())
       .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
       .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());

@@ -86,6 +86,27 @@ KV_INLINE void f8_transpose(f8 r[8]) {
   return OP(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))
 KV_INLINE f8 f8_sum8(const f8 r[8]) { KV_REDUCE8(_mm256_add_ps); }
 KV_INLINE f8 f8_max8(const f8 r[8]) { KV_REDUCE8(_mm256_max_ps); }
+KV_INLINE f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+KV_INLINE f8 f8_clamp_f16(f8 x) { return f8_max(f8_set(-65504.f), f8_min(f8_set(65504.f), x)); }  // NaN stays
+KV_INLINE __m128i f8_to_f16(f8 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+// 1 / x, 0 for 0
+KV_INLINE f8 f8_inverse(f8 x) {
+  return _mm256_and_ps(_mm256_div_ps(f8_set(1.f), x), _mm256_cmp_ps(x, f8_zero(), _CMP_GT_OQ));
+}
+KV_INLINE __m128i f8_to_bf16(f8 v) {  // as float_to_bf16
+  const __m256i x = _mm256_castps_si256(v), top = _mm256_srli_epi32(x, 16), one = _mm256_set1_epi32(1);
+  const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(top, one));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(x, half), 16);
+  const __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+KV_INLINE __m128i f8_to_s8(f8 x) {  // in the lower eight bytes; x is rounded and within int8
+  const __m256i r = _mm256_cvtps_epi32(x);
+  const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  return _mm_packs_epi16(w, w);
+}
 KV_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 KV_INLINE float f16_to_float(uint16_t x) { return _cvtsh_ss(x); }
 KV_INLINE uint16_t float_to_f16(float f) { return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }

@@ -7,9 +7,9 @@ Codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``, AV
 * values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.
 
 A vector is 32 bytes of codes. With ``bits`` per code, ``8 / bits`` vectors share 32 bytes:
-vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the low
-two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of vector
-``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
+vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the
+low two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of
+vector ``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
 """
 
 from __future__ import annotations

@@ -36,14 +36,20 @@ static void load_row(const char* row, Dtype dtype, int n, float* out) {
   for (int c = 0; c < n; c += 8) f8_store(out + c, load8(row, dtype, c));
 }
 
-static void store_row(char* row, Dtype dtype, int n, const float* x) {
-  if (dtype == Dtype::f32) {
-    memcpy(row, x, size_t(n) * 4);
-  } else if (dtype == Dtype::bf16) {
-    for (int c = 0; c < n; c++) ((uint16_t*)row)[c] = float_to_bf16(x[c]);
-  } else {
-    for (int c = 0; c < n; c++) ((uint16_t*)row)[c] = float_to_f16(x[c]);
-  }
+KV_INLINE void store8(char* row, Dtype dtype, int channel, f8 x) {
+  if (dtype == Dtype::f32) return f8_store((float*)row + channel, x);
+#if defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)((uint16_t*)row + channel), dtype == Dtype::bf16 ? f8_to_bf16(x) : f8_to_f16(x));
+#else
+  alignas(32) float lane[8];
+  f8_store(lane, x);
+  for (int i = 0; i < 8; i++)
+    ((uint16_t*)row)[channel + i] = dtype == Dtype::bf16 ? float_to_bf16(lane[i]) : float_to_f16(lane[i]);
+#endif
+}
+
+static void store_row(char* row, Dtype dtype, int n, const float* x) {  // n is a multiple of 8
+  for (int c = 0; c < n; c += 8) store8(row, dtype, c, f8_load(x + c));
 }
 
 // Keys or values of a sequence as one pointer a token, with an optional scale a token (int8).
