@@ -224,13 +224,23 @@ def test_wrong_tokens_are_refused() -> None:
     samples=st.sampled_from([1, 3, 8, 128]),
     fresh=st.sampled_from([1, 40, 128, 300]),
     isa=st.sampled_from(supported_isas()),
+    scores=st.tuples(CAPS, st.booleans()),
     seed=st.integers(0, 99),
 )
 def test_page_mass_is_the_reference(
-    policy: str, heads: tuple[int, int], samples: int, fresh: int, isa: str, seed: int
+    policy: str,
+    heads: tuple[int, int],
+    samples: int,
+    fresh: int,
+    isa: str,
+    scores: tuple[float, bool],
+    seed: int,
 ) -> None:
     computed = [700, 0, 130]
-    setup = Setup.make(policy, seqs=3, heads=heads[0], kv_heads=heads[1], max_tokens=1100)
+    setup = Setup.make(
+        policy, seqs=3, heads=heads[0], kv_heads=heads[1], max_tokens=1100,
+        soft_cap=scores[0], sinks=scores[1],
+    )  # fmt: skip
     setup.fill(computed, seed)
     batch = setup.batch(computed, [fresh, 5, 64])
     query, key, _ = setup.tokens(fresh + 69, seed + 1)
@@ -243,7 +253,8 @@ def test_page_mass_is_the_reference(
     expected, got = (k.page_mass(setup.pages, batch, query, key, table, samples) for k in kernels)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5)
-    torch.testing.assert_close(got[0].sum(-1) + got[1], torch.ones_like(got[1]))
+    if not scores[1]:  # sinks have the rest
+        torch.testing.assert_close(got[0].sum(-1) + got[1], torch.ones_like(got[1]))
 
 
 @settings(max_examples=40, deadline=None)
