@@ -202,6 +202,9 @@ class Shape:
         scale: factor of the scores, usually ``head_size ** -0.5``.
         key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
             is attended to or stored, and added again to what is read; a softmax does not see it.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay as they are.
+        sinks: ``[num_heads]`` float32, scores learned by the model which take part in the softmax
+            of every query and have no key and value; None: there are none.
 
     """
 
@@ -209,6 +212,8 @@ class Shape:
     num_kv_heads: int
     scale: float
     key_offset: torch.Tensor | None = None
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 def sampled(first: int, queries: int, samples: int) -> list[int]:
@@ -275,7 +280,8 @@ class Kernel(Protocol):
         Returns:
             mass ``[n, num_kv_heads, most store pages]`` float32, the mean share of attention of
             the sampled queries and the query heads of a KV head that each store page gets; and
-            ``[n, num_kv_heads]``, that of ring and fresh tokens. Together they are 1.
+            ``[n, num_kv_heads]``, that of ring, fresh tokens and learned sinks. Together they
+            are 1.
 
         """
 

@@ -63,6 +63,7 @@ class CpuKernel:
         self.layout, self.shape, self.num_threads = layout, shape, num_threads
         self.isa = isa or supported_isas()[0]
         self._dtype = layout.model_dtype
+        self._sinks = _sinks(shape)  # must live as long as the kernel
         self._layer = _cpu.Layer(
             self.isa,
             _layout(layout),
@@ -70,6 +71,8 @@ class CpuKernel:
             shape.num_heads,
             shape.num_kv_heads,
             shape.scale,
+            shape.soft_cap,
+            0 if self._sinks is None else self._sinks.data_ptr(),
             rounding,
             self._key_offset(),
         )
@@ -283,6 +286,14 @@ def _require(condition: bool, message: str) -> None:
 
 def _group(codec: AffineCodec, head_size: int) -> int:
     return codec.divisor if codec.keys_per_channel else codec.channel_group(head_size)
+
+
+def _sinks(shape: Shape) -> torch.Tensor | None:
+    if shape.sinks is None:
+        return None
+    sinks = shape.sinks.detach().to(torch.float32).contiguous()
+    _require(sinks.shape == (shape.num_heads,), f"sinks have shape {tuple(sinks.shape)}")
+    return sinks
 
 
 def _layout(layout: PageLayout) -> object:

@@ -76,7 +76,7 @@ class ReferenceKernel:
             stored = int(batch.stored[seq])
             page = torch.arange(stored) // size
             mass[i].index_add_(1, page, mean[:, :stored])
-            rest[i] = mean[:, stored:].sum(1)
+            rest[i] = 1 - mass[i].sum(1)
         return mass, rest
 
     def append(
@@ -239,7 +239,13 @@ class ReferenceKernel:
         """``[n, heads, d]`` against ``[kv heads, tokens, d]`` -> ``[heads, n, tokens]``."""
         keys, mask = (x.repeat_interleave(self._group, 0) for x in (keys, mask))
         scores = query.transpose(0, 1) @ keys.transpose(1, 2) * self.shape.scale
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if cap := self.shape.soft_cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.shape.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.shape.sinks.detach().float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
     def _count(self, weights: torch.Tensor, stored: int, seq: int, mass: Mass) -> None:
         out = mass.out[:, int(mass.place[seq]) :]

@@ -66,6 +66,8 @@ struct Call {
   int num_heads, num_kv_heads;
   float scale;
   const float* key_offset;  // [num_kv_heads, head_size] taken from every key, or null
+  float soft_cap;      // scores become soft_cap tanh(score / soft_cap); 0: they stay
+  const float* sinks;  // [num_heads] learned scores without a token, or null
   Tensor query, key, value, output;
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes

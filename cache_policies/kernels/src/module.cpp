@@ -58,7 +58,7 @@ T* address(intptr_t p) {
 class Layer {
  public:
   Layer(const std::string& isa, const Layout& layout, int dtype, int num_heads, int num_kv_heads,
-        float scale, bool rounding, intptr_t key_offset)
+        float scale, float soft_cap, intptr_t sinks, bool rounding, intptr_t key_offset)
       : kernels_(table(isa)) {
     bool found = false;
     for (const auto& name : supported()) found = found || name == isa;
@@ -69,6 +69,8 @@ class Layer {
     call_.num_kv_heads = num_kv_heads;
     call_.scale = scale;
     call_.key_offset = address<const float>(key_offset);
+    call_.soft_cap = soft_cap;
+    call_.sinks = address<const float>(sinks);
     call_.rounding = rounding;
   }
 
@@ -178,8 +180,9 @@ NB_MODULE(_cpu, m) {
         "group"_a, "keys_per_channel"_a, "rotation"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
         "value_scale"_a, "value_min"_a, "run_bytes"_a);
   nb::class_<Layer>(m, "Layer")
-      .def(nb::init<const std::string&, const Layout&, int, int, int, float, bool, intptr_t>(), "isa"_a,
-           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "rounding"_a, "key_offset"_a)
+      .def(nb::init<const std::string&, const Layout&, int, int, int, float, float, intptr_t, bool, intptr_t>(),
+           "isa"_a, "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "soft_cap"_a,
+           "sinks"_a, "rounding"_a, "key_offset"_a)
       .def("set_batch", &Layer::set_batch)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)

@@ -248,6 +248,7 @@ typedef Lanes8 Wide;
 #endif
 typedef Wide::Vec fw;
 enum { FW = Wide::N };
+static const float LOG2_E = 1.44269504088896341f;
 
 // 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
 KV_INLINE fw fw_exp2(fw x) {

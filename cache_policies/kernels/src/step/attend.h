@@ -72,8 +72,21 @@ static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) 
   }
 }
 
+// a sink takes its share of the softmax and has no value
+static void add_sinks(const Call& c, const Task& t, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; r < t.queries * group; r++) {
+    const float sink = c.sinks[t.head * group + r % group] * LOG2_E;
+    const float top = max_float(s->top[r], sink), shrink = exp2f(s->top[r] - top);
+    s->top[r] = top;
+    s->sum[r] = s->sum[r] * shrink + exp2f(sink - top);
+    for (int j = 0; j < d; j++) s->out[int64_t(r) * d + j] *= shrink;
+  }
+}
+
 static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
+  if (c.sinks) add_sinks(c, t, s);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
     const int query = t.query_from + r / group - c.mass.first_query[t.seq];
     if (query < 0 || c.mass.place[t.seq] < 0) continue;
@@ -91,7 +104,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
 static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, const Denominators& z) {
   const Layout& l = c.layout;
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, c.soft_cap * LOG2_E};
   load_queries(c, t, x->query);
 #if defined(__AVX512BF16__)
   if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
@@ -120,7 +133,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
 static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial,
                       const Denominators& z) {
   const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, 0.f};
   softmax_begin(&s, rows, d);
   for (int r = 0; r < rows; r++) {
     for (int i = 0; i < splits; i++) s.top[r] = max_float(s.top[r], partial[(t[i].partial + r) * (d + 2)]);

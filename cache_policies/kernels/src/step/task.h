@@ -46,7 +46,7 @@ static void load_queries(const Call& c, const Task& t, float* out) {
       const int64_t token = c.batch.query_start[t.seq] + t.query_from + i;
       load_row(tensor_row(c, c.query, token, t.head * group + g), c.dtype, d, row);
       rotate_row(c.layout, row);
-      for (int j = 0; j < d; j++) row[j] *= c.scale * 1.44269504088896341f;  // log2(e)
+      for (int j = 0; j < d; j++) row[j] *= c.scale * LOG2_E;
     }
 }
 
