@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ class ReferenceKernel:
     """Reads as the definition; slow."""
 
     name = "reference"
+    packing = LANES  # what it takes by default; any is read
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)

@@ -10,6 +10,7 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import parse
 from cache_policies.policy.layouts import layouts
@@ -46,10 +47,11 @@ class Setup:
         max_tokens: int = 640,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        packing: str = LANES,
     ) -> Setup:
         """Pages of a policy; of its edge layers, if it has some."""
         parsed = parse(policy)
-        layout = layouts(parsed, head_size, page_tokens, dtype)[parsed.edges is not None]
+        layout = layouts(parsed, head_size, page_tokens, dtype, packing)[parsed.edges is not None]
         plan = Plan.of(layout)
         row = plan.ring_pages + -(-max_tokens // page_tokens)
         rng = torch.Generator().manual_seed(seed)

@@ -1,0 +1,167 @@
+"""One softmax over store, ring and fresh tokens, in one program or split over several."""
+
+import triton
+import triton.language as tl
+
+from cache_policies.kernels.triton.device.codes import keys, per_token, values
+from cache_policies.kernels.triton.device.place import store_of, tile_of, tokens_to_read
+from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
+
+LEAST = tl.constexpr(-1.0e38)  # a finite start of a maximum: -inf minus itself is no number
+
+
+@triton.jit
+def for_store(q, PAGE: tl.constexpr):
+    """Queries in the type of the store's dot products."""
+    if PAGE.dot == tl.float16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+    return q.to(PAGE.dot)
+
+
+@triton.jit
+def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
+                 BLOCK: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Scores in base 2 ``[queries, rows]`` of stream ``S`` of a tile."""
+    k = keys(rows, valid, S, PAGE, BLOCK, MASK)
+    x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
+    if PAGE.kind == "int8":
+        x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[None, :]
+    if MASK:
+        x = tl.where(valid[None, :], x, float("-inf"))
+    return x
+
+
+@triton.jit
+def store_tile(q, m, l, acc, store, tile, limit, scale, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+               READS: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Add a tile of the store: scores of all streams, then one step of the softmax."""
+    STEP: tl.constexpr = 32 // PAGE.streams
+    rows, token = tile_of(store, tile, limit, PAGE, BLOCK, READS)
+    scores = ()
+    top = m
+    for s in tl.static_range(PAGE.streams):
+        valid = token + s * STEP < limit
+        x = store_scores(q, rows, valid, scale, s, PAGE, BLOCK, MASK)
+        top = tl.maximum(top, tl.max(x, 1))
+        scores = scores + (x,)
+    alpha = tl.exp2(m - top)
+    l *= alpha
+    acc *= alpha[:, None]
+    for s in tl.static_range(PAGE.streams):
+        p = tl.exp2(scores[s] - top[:, None])
+        l += tl.sum(p, 1)
+        valid = token + s * STEP < limit
+        v = values(rows, valid, s, PAGE, BLOCK, MASK)
+        acc = tl.dot(p.to(PAGE.dot), v, acc, input_precision=PAGE.precision)
+    return top, l, acc
+
+
+@triton.jit
+def recent_tile(q, m, l, acc, k, v, seen, scale, PAGE: tl.constexpr):
+    """Add a tile of ring or fresh tokens; ``seen`` is ``[queries, tokens]``."""
+    x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
+    x = tl.where(seen, x, float("-inf"))
+    top = tl.maximum(m, tl.max(x, 1))
+    alpha = tl.exp2(m - top)
+    p = tl.exp2(x - top[:, None])
+    acc = tl.dot(p.to(PAGE.recent), v, acc * alpha[:, None], input_precision=PAGE.precision)
+    return top, l * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit
+def attend(
+    query, key, value, output, part_sum, part_lse, lse, tasks, query_start, stored_count,
+    ring_count, store_row, pages, table, chosen, count, scale, splits, width, table_stride,
+    query_stride, key_stride, value_stride, output_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
+    PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
+    SPLIT: tl.constexpr, READS: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Queries ``task``, KV head ``program_id(1)``; where SPLIT, part ``program_id(2)`` of the store.
+
+    The last part is that of the recent tokens. A row of a block is a query of one query head.
+    """
+    GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
+    task, head, part = tasks + 3 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, first = tl.load(task), tl.load(task + 1)
+    start = tl.load(query_start + seq)
+    fresh = tl.load(query_start + seq + 1) - start
+    rows = first + tl.arange(0, M)
+    live = rows < fresh * GROUP
+    token, columns = rows // GROUP, tl.arange(0, PAGE.width)
+    head_row = head * GROUP + rows % GROUP
+    real = live[:, None] & (columns < PAGE.head_size)[None, :]
+    at = head_row[:, None] * PAGE.head_size + columns[None, :]
+    row = (start + token).to(tl.int64)[:, None]
+    raw = tl.load(query + row * query_stride + at, mask=real, other=0.0)
+    q, near = for_store(raw, PAGE), raw.to(PAGE.recent)
+    m = tl.full([M], LEAST, tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, PAGE.width], tl.float32)
+
+    store = store_of(pages, table, table_stride, store_row, chosen, count, width, seq, head,
+                     page_stride, head_stride, PAGE, READS)  # fmt: skip
+    limit = tokens_to_read(store, tl.load(stored_count + seq), PAGE, READS)
+    ring = tl.load(ring_count + seq)
+    last = tl.minimum(fresh, (first + M - 1) // GROUP + 1)  # no query of the block sees further
+    low, high = 0, limit // BLOCK
+    end = tl.cdiv(limit, BLOCK)
+    if SPLIT:
+        each = tl.cdiv(end, splits)
+        is_last = part == splits
+        low = tl.where(is_last, 0, part * each)
+        end = tl.where(is_last, 0, tl.minimum(low + each, end))
+        high = tl.minimum(high, end)
+        ring, last = tl.where(is_last, ring, 0), tl.where(is_last, last, 0)
+    for tile in range(low, high):
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, False)
+    for tile in range(tl.maximum(low, high), end):  # at most one, of which a part is held
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, True)
+    for begin in range(0, ring, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = recent(*ring_at(pages, table + seq.to(tl.int64) * table_stride, page_stride,
+                               head.to(tl.int64) * head_stride, j, ring, PAGE), j < ring, PAGE)  # fmt: skip
+        m, l, acc = recent_tile(near, m, l, acc, k, v, (j < ring)[None, :], scale, PAGE)
+    for begin in range(0, last, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = recent(*fresh_at(key, value, key_stride, value_stride, start, head, j, PAGE),
+                      j < last, PAGE)  # fmt: skip
+        seen = (j[None, :] <= token[:, None]) & (j < last)[None, :]
+        m, l, acc = recent_tile(near, m, l, acc, k, v, seen, scale, PAGE)
+
+    safe = tl.where(l > 0, l, 1.0)
+    result = acc / safe[:, None]
+    total = tl.where(l > 0, m + tl.log2(safe), float("-inf"))
+    if SPLIT:
+        line = (tl.load(task + 2) + token).to(tl.int64) * PAGE.heads + head_row
+        line = line * (splits + 1) + part
+        tl.store(part_sum + line[:, None] * PAGE.head_size + columns[None, :], result, mask=real)
+        tl.store(part_lse + line, total, mask=live)
+    else:
+        result = result.to(output.dtype.element_ty)
+        tl.store(output + row * output_stride + at, result, mask=real)
+        if LSE:
+            line = (start + token).to(tl.int64) * PAGE.heads + head_row
+            tl.store(lse + line, total, mask=live)
+
+
+@triton.jit
+def combine(part_sum, part_lse, output, lse, lines, parts, output_stride, PAGE: tl.constexpr,
+            WIDTH: tl.constexpr, LSE: tl.constexpr):  # fmt: skip
+    """Join the parts of one query and head; ``lines`` are the queries' numbers in the step."""
+    token = tl.load(lines + tl.program_id(0)).to(tl.int64)
+    head = tl.program_id(1)
+    line = tl.program_id(0).to(tl.int64) * PAGE.heads + head
+    part, columns = tl.arange(0, WIDTH), tl.arange(0, PAGE.width)
+    real = (part < parts)[:, None] & (columns < PAGE.head_size)[None, :]
+    each = tl.load(part_lse + line * parts + part, mask=part < parts, other=float("-inf"))
+    top = tl.max(each, 0)
+    weight = tl.exp2(each - top)
+    total = tl.sum(weight, 0)
+    at = (line * parts + part)[:, None] * PAGE.head_size + columns[None, :]
+    x = tl.load(part_sum + at, mask=real, other=0.0)
+    x = (tl.sum(x * weight[:, None], 0) / total).to(output.dtype.element_ty)
+    at = token * output_stride + head * PAGE.head_size + columns
+    tl.store(output + at, x, mask=columns < PAGE.head_size)
+    if LSE:
+        tl.store(lse + token * PAGE.heads + head, top + tl.log2(total))
