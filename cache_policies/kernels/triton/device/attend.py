@@ -6,6 +6,7 @@ import triton.language as tl
 from cache_policies.kernels.triton.device.codes import keys, per_token, values
 from cache_policies.kernels.triton.device.place import store_of, tile_of, tokens_to_read
 from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
+from cache_policies.kernels.triton.device.types import narrow
 
 LEAST = tl.constexpr(-1.0e38)  # a finite start of a maximum: -inf minus itself is no number
 
@@ -138,7 +139,7 @@ def attend(
         tl.store(part_sum + line[:, None] * PAGE.head_size + columns[None, :], result, mask=real)
         tl.store(part_lse + line, total, mask=live)
     else:
-        result = result.to(output.dtype.element_ty)
+        result = narrow(result, output.dtype.element_ty)
         tl.store(output + row * output_stride + at, result, mask=real)
         if LSE:
             line = (start + token).to(tl.int64) * PAGE.heads + head_row
@@ -160,7 +161,7 @@ def combine(part_sum, part_lse, output, lse, lines, parts, output_stride, PAGE: 
     total = tl.sum(weight, 0)
     at = (line * parts + part)[:, None] * PAGE.head_size + columns[None, :]
     x = tl.load(part_sum + at, mask=real, other=0.0)
-    x = (tl.sum(x * weight[:, None], 0) / total).to(output.dtype.element_ty)
+    x = narrow(tl.sum(x * weight[:, None], 0) / total, output.dtype.element_ty)
     at = token * output_stride + head * PAGE.head_size + columns
     tl.store(output + at, x, mask=columns < PAGE.head_size)
     if LSE:

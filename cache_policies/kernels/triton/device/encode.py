@@ -10,20 +10,7 @@ import triton.language as tl
 
 from cache_policies.kernels.triton.device.place import page_base
 from cache_policies.kernels.triton.device.source import numbered, pending
-
-HALF = tl.constexpr(65504.0)
-
-
-@triton.jit
-def to_half(x):
-    """float16, clamped to its range."""
-    return tl.clamp(x, -HALF, HALF).to(tl.float16)
-
-
-@triton.jit
-def round_even(x):
-    """Nearest integer, ties to even, of numbers below 2 ** 22."""
-    return (x + 12582912.0) - 12582912.0
+from cache_policies.kernels.triton.device.types import narrow, round_even, to_half
 
 
 @triton.jit
@@ -115,14 +102,17 @@ def put_plain(base, k, v, token, c, given, PAGE: tl.constexpr):
     if PAGE.kind == "int8":
         k = put_int8(base + PAGE.key_scale, k, token, given)
         v = put_int8(base + PAGE.value_scale, v, token, given)
+        k, v = k.to(tl.int8), v.to(tl.int8)
     elif PAGE.stored == tl.float16:
         k, v = to_half(k), to_half(v)
+    else:
+        k, v = narrow(k, PAGE.stored), narrow(v, PAGE.stored)
     pointer = base.to(tl.pointer_type(PAGE.stored))
     octet = (token // 8 * (8 * PAGE.head_size) + token % 8)[:, None] + c[None, :] * 8
     SIZE: tl.constexpr = PAGE.stored.primitive_bitwidth // 8
-    tl.store(pointer + PAGE.key // SIZE + octet, k.to(PAGE.stored), mask=real)
+    tl.store(pointer + PAGE.key // SIZE + octet, k, mask=real)
     at = token[:, None] * PAGE.head_size + c[None, :]
-    tl.store(pointer + PAGE.value // SIZE + at, v.to(PAGE.stored), mask=real)
+    tl.store(pointer + PAGE.value // SIZE + at, v, mask=real)
 
 
 @triton.jit
@@ -196,11 +186,14 @@ def put_ring(pages, row, page_stride, head_offset, place, k, v, c, valid, PAGE: 
     page = tl.load(row + place // PAGE.ring_tokens, mask=valid, other=0).to(tl.int64)
     at = (place % PAGE.ring_tokens) * (4 * PAGE.head_size)
     base = (pages + page * page_stride + head_offset + at).to(tl.pointer_type(PAGE.ring))
+    k, v = k.to(tl.float32), v.to(tl.float32)
     if PAGE.ring == tl.float16:
-        k, v = to_half(k.to(tl.float32)), to_half(v.to(tl.float32))
+        k, v = to_half(k), to_half(v)
+    else:
+        k, v = narrow(k, PAGE.ring), narrow(v, PAGE.ring)
     real = valid[:, None] & (c < PAGE.head_size)[None, :]
-    tl.store(base[:, None] + c[None, :], k.to(PAGE.ring), mask=real)
-    tl.store(base[:, None] + PAGE.head_size + c[None, :], v.to(PAGE.ring), mask=real)
+    tl.store(base[:, None] + c[None, :], k, mask=real)
+    tl.store(base[:, None] + PAGE.head_size + c[None, :], v, mask=real)
 
 
 @triton.jit

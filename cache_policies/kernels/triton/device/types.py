@@ -1,0 +1,36 @@
+"""Conversions that give the same bits on a GPU and in the interpreter."""
+
+import triton
+import triton.language as tl
+
+HALF = tl.constexpr(65504.0)
+
+
+@triton.jit
+def to_half(x):
+    """float16, clamped to its range."""
+    return tl.clamp(x, -HALF, HALF).to(tl.float16)
+
+
+@triton.jit
+def to_bfloat16(x):
+    """Nearest bfloat16, ties to even; the interpreter's own conversion cuts off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    bits = tl.where(x == x, bits, 0x7FC00000)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr):
+    """float32 in another type."""
+    if TYPE == tl.bfloat16:
+        return to_bfloat16(x)
+    else:
+        return x.to(TYPE)
+
+
+@triton.jit
+def round_even(x):
+    """Nearest integer, ties to even, of numbers below 2 ** 22."""
+    return (x + 12582912.0) - 12582912.0
