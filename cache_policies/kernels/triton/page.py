@@ -38,7 +38,8 @@ class Page:
         kv_heads: key/value heads.
         head_size: channels.
         tokens: tokens of a page.
-        key: byte offsets of the fields; so the other five.
+        key_at: byte offset of the keys; so ``value_at``.
+        key_scale: byte offset of a field of scales; so the other three.
         key_bits: of a code; so ``value_bits``.
         group: tokens or channels that share a scale.
         by_channel: whether key scales belong to channels.
@@ -56,8 +57,8 @@ class Page:
     kv_heads: int
     head_size: int
     tokens: int
-    key: int
-    value: int
+    key_at: int
+    value_at: int
     key_scale: int
     key_min: int
     value_scale: int
@@ -95,7 +96,7 @@ class Page:
             raise PolicyError(f"the triton kernel reads pages packed as {PLANES} only")
         codec, model = layout.codec, layout.model_dtype
         affine = codec if isinstance(codec, AffineCodec) else None
-        names = ("key", "value", "key_scale", "key_min", "value_scale", "value_min")
+        scales = ("key_scale", "key_min", "value_scale", "value_min")
         kind, stored = _kind(layout)
         return cls(
             kind=kind,
@@ -103,7 +104,9 @@ class Page:
             kv_heads=shape.num_kv_heads,
             head_size=layout.head_size,
             tokens=layout.page_tokens,
-            **{name: layout.offsets.get(name, 0) for name in names},
+            key_at=layout.offsets["key"],
+            value_at=layout.offsets["value"],
+            **{name: layout.offsets.get(name, 0) for name in scales},
             key_bits=affine.key_bits if affine else 8,
             value_bits=affine.value_bits if affine else 8,
             group=affine.divisor if affine else 1,

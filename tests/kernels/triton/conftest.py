@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -26,4 +27,7 @@ if triton.knobs.runtime.interpret:
         patched.clear()
         return run_grid(self, *arguments, **options)
 
+    # Two more operations for each one of integers, to find what overflows.
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run

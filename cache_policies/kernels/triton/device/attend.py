@@ -36,24 +36,27 @@ def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
 def store_tile(q, m, l, acc, store, tile, limit, scale, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                READS: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """Add a tile of the store: scores of all streams, then one step of the softmax."""
-    STEP: tl.constexpr = 32 // PAGE.streams
+    STREAMS: tl.constexpr = PAGE.streams
+    STEP: tl.constexpr = 32 // STREAMS
     rows, token = tile_of(store, tile, limit, PAGE, BLOCK, READS)
     scores = ()
-    top = m
-    for s in tl.static_range(PAGE.streams):
+    highest = tl.full([q.shape[0], BLOCK // STREAMS], LEAST, tl.float32)
+    for s in tl.static_range(STREAMS):
         valid = token + s * STEP < limit
         x = store_scores(q, rows, valid, scale, s, PAGE, BLOCK, MASK)
-        top = tl.maximum(top, tl.max(x, 1))
+        highest = tl.maximum(highest, x)
         scores = scores + (x,)
+    top = tl.maximum(m, tl.max(highest, 1))
     alpha = tl.exp2(m - top)
-    l *= alpha
     acc *= alpha[:, None]
-    for s in tl.static_range(PAGE.streams):
+    weight = tl.zeros([q.shape[0], BLOCK // STREAMS], tl.float32)
+    for s in tl.static_range(STREAMS):
         p = tl.exp2(scores[s] - top[:, None])
-        l += tl.sum(p, 1)
+        weight += p
         valid = token + s * STEP < limit
         v = values(rows, valid, s, PAGE, BLOCK, MASK)
         acc = tl.dot(p.to(PAGE.dot), v, acc, input_precision=PAGE.precision)
+    l = l * alpha + tl.sum(weight, 1)
     return top, l, acc
 
 

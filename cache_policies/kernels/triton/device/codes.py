@@ -13,9 +13,16 @@ from cache_policies.kernels.triton.device.place import at_rows
 
 @triton.jit
 def unpack(words, shift, BITS: tl.constexpr):
-    """Codes as float16: 0x6400 | code is the float16 1024 + code; the subtraction is exact."""
-    x = ((words >> shift) & ((1 << BITS) - 1)) | 0x6400
-    return x.to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
+    """Codes as float16, of words of two channels ``[n, d]`` -> ``[n, 2 d]``.
+
+    0x6400 | code is the float16 1024 + code; the subtraction is exact.
+    """
+    n: tl.constexpr = words.shape[0]
+    d: tl.constexpr = words.shape[1]
+    x = ((words >> shift) & (((1 << BITS) - 1) * 0x10001)) | 0x64006400
+    low, high = (x & 0xFFFF).to(tl.uint16), (x >> 16).to(tl.uint16)
+    pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
+    return tl.reshape(pair, (n, 2 * d)) - 1024.0
 
 
 @triton.jit
@@ -51,9 +58,14 @@ def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: 
     FIRST: tl.constexpr = S * (32 // PAGE.streams)  # of the stream's tokens in a span of 32
     ROWS: tl.constexpr = 2 * BITS  # of words for a span
     row = place // 32 * ROWS + (FIRST % ROWS + inner)
-    at = row[:, None] * PAGE.head_size + tl.arange(0, PAGE.width)[None, :]
-    words = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.uint16)) + at
-    return unpack(load_columns(words, PAGE), FIRST // ROWS * BITS, BITS)
+    column = tl.arange(0, PAGE.width // 2)[None, :]
+    at = row[:, None] * (PAGE.head_size // 2) + column
+    pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.uint32)) + at
+    if PAGE.width == PAGE.head_size:
+        words = tl.load(pointer)
+    else:
+        words = tl.load(pointer, mask=column < PAGE.head_size // 2, other=0)
+    return unpack(words, FIRST // ROWS * BITS, BITS)
 
 
 @triton.jit
@@ -111,7 +123,7 @@ def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     base, place, inner, _ = rows
     token = place + (S * (32 // PAGE.streams) + inner)
     if PAGE.kind == "codes":
-        x = codes(rows, PAGE.key, PAGE.key_bits, S, PAGE, BLOCK)
+        x = codes(rows, PAGE.key_at, PAGE.key_bits, S, PAGE, BLOCK)
         if PAGE.by_channel:
             scale = by_channel(rows, PAGE.key_scale, S, PAGE, BLOCK)
             low = by_channel(rows, PAGE.key_min, S, PAGE, BLOCK)
@@ -122,7 +134,7 @@ def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     else:  # octets: [token / 8, channel, token % 8]
         column = tl.arange(0, PAGE.width)[None, :] * 8
         at = (token // 8 * (8 * PAGE.head_size) + token % 8)[:, None] + column
-        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.key).to(tl.pointer_type(PAGE.stored))
+        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.key_at).to(tl.pointer_type(PAGE.stored))
         return load_columns(pointer + at, PAGE).to(PAGE.dot)
 
 
@@ -133,13 +145,13 @@ def values(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
     base, place, inner, _ = rows
     token = place + (S * (32 // PAGE.streams) + inner)
     if PAGE.kind == "codes":
-        x = codes(rows, PAGE.value, PAGE.value_bits, S, PAGE, BLOCK)
+        x = codes(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
         scale = by_token(base, token, valid, PAGE.value_scale, PAGE, BLOCK, MASK)
         low = by_token(base, token, valid, PAGE.value_min, PAGE, BLOCK, MASK)
         return x * scale + low
     else:
         column = tl.arange(0, PAGE.width)[None, :]
-        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.value).to(tl.pointer_type(PAGE.stored))
+        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.value_at).to(tl.pointer_type(PAGE.stored))
         pointer += token[:, None] * PAGE.head_size + column
         if MASK:
             real = valid[:, None] & (column < PAGE.head_size)

@@ -89,10 +89,10 @@ def put_codes(base, k, v, first, c, given, SPAN: tl.constexpr, WIDTH: tl.constex
     else:
         codes = put_by_token(base, k, token, c, given, PAGE.key_bits, PAGE.key_scale,
                              PAGE.key_min, SPAN, WIDTH, PAGE)  # fmt: skip
-    put_words(base + PAGE.key, codes, first, c, given, PAGE.key_bits, SPAN, WIDTH, PAGE)
+    put_words(base + PAGE.key_at, codes, first, c, given, PAGE.key_bits, SPAN, WIDTH, PAGE)
     codes = put_by_token(base, v, token, c, given, PAGE.value_bits, PAGE.value_scale,
                          PAGE.value_min, SPAN, WIDTH, PAGE)  # fmt: skip
-    put_words(base + PAGE.value, codes, first, c, given, PAGE.value_bits, SPAN, WIDTH, PAGE)
+    put_words(base + PAGE.value_at, codes, first, c, given, PAGE.value_bits, SPAN, WIDTH, PAGE)
 
 
 @triton.jit
@@ -110,9 +110,9 @@ def put_plain(base, k, v, token, c, given, PAGE: tl.constexpr):
     pointer = base.to(tl.pointer_type(PAGE.stored))
     octet = (token // 8 * (8 * PAGE.head_size) + token % 8)[:, None] + c[None, :] * 8
     SIZE: tl.constexpr = PAGE.stored.primitive_bitwidth // 8
-    tl.store(pointer + PAGE.key // SIZE + octet, k, mask=real)
+    tl.store(pointer + PAGE.key_at // SIZE + octet, k, mask=real)
     at = token[:, None] * PAGE.head_size + c[None, :]
-    tl.store(pointer + PAGE.value // SIZE + at, v, mask=real)
+    tl.store(pointer + PAGE.value_at // SIZE + at, v, mask=real)
 
 
 @triton.jit

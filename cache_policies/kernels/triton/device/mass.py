@@ -81,10 +81,11 @@ def count_store(
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     """Mass of one tile of the store, stream by stream."""
-    STEP: tl.constexpr = 32 // PAGE.streams
+    STREAMS: tl.constexpr = PAGE.streams
+    STEP: tl.constexpr = 32 // STREAMS
     block, listed = tile_of(store, tile, limit, PAGE, BLOCK, READS)
     index = page_number(store, tl.where(listed < limit, listed, 0) // PAGE.tokens, READS)
-    for s in tl.static_range(PAGE.streams):
+    for s in tl.static_range(STREAMS):
         valid = listed + s * STEP < limit
         total = tl.zeros([BLOCK // PAGE.streams], tl.float32)
         for rows in range(begin, end, M):

@@ -41,14 +41,14 @@ def plain(base, at, real, FIELD: tl.constexpr, PAGE: tl.constexpr):
 def decoded(base, token, c, real, valid, PAGE: tl.constexpr):
     """Keys and values of store tokens, each in a page of its own."""
     if PAGE.kind == "codes":
-        k = code(base, token, c, real, PAGE.key, PAGE.key_bits, PAGE)
+        k = code(base, token, c, real, PAGE.key_at, PAGE.key_bits, PAGE)
         k = scaled(base, k, token, c, real, PAGE.key_scale, PAGE.key_min, PAGE.by_channel, PAGE)
-        v = code(base, token, c, real, PAGE.value, PAGE.value_bits, PAGE)
+        v = code(base, token, c, real, PAGE.value_at, PAGE.value_bits, PAGE)
         v = scaled(base, v, token, c, real, PAGE.value_scale, PAGE.value_min, False, PAGE)
     else:
         octet = (token // 8 * (8 * PAGE.head_size) + token % 8)[:, None] + c[None, :] * 8
-        k = plain(base, octet, real, PAGE.key, PAGE)
-        v = plain(base, token[:, None] * PAGE.head_size + c[None, :], real, PAGE.value, PAGE)
+        k = plain(base, octet, real, PAGE.key_at, PAGE)
+        v = plain(base, token[:, None] * PAGE.head_size + c[None, :], real, PAGE.value_at, PAGE)
         if PAGE.kind == "int8":
             at = base.to(tl.pointer_type(tl.float16)) + token
             k *= tl.load(at + PAGE.key_scale // 2, mask=valid, other=0.0).to(tl.float32)[:, None]
