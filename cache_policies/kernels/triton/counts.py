@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cache_policies.kernels.triton.plans import FEW_ROWS
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -43,8 +45,8 @@ class Counts:
     Attributes:
         host: counts by name, ``[num_seqs]`` int32 (``query_start`` one more).
         query_start: the same on the device; so are the others.
-        few: rows of requests with one query, a block each 16, whose store is split.
-        many: those of the other requests, a block each 64.
+        few: rows of requests with one query, a block each ``FEW_ROWS``, whose store is split.
+        many: those of the other requests, a block each ``many_rows``.
 
     """
 
@@ -64,36 +66,36 @@ class Counts:
         return np.diff(self.host["query_start"])
 
 
-FEW_ROWS, MANY_ROWS = 16, 64
-_known: dict[tuple[int, torch.device, int], tuple[weakref.ref[Batch], Counts]] = {}
+_known: dict[tuple[int, torch.device, int, int], tuple[weakref.ref[Batch], Counts]] = {}
 
 
-def counts_of(batch: Batch, device: torch.device, group: int) -> Counts:
+def counts_of(batch: Batch, device: torch.device, group: int, many_rows: int) -> Counts:
     """The counts of a batch; made once for all layers of a step.
 
     Args:
         batch: the step.
         device: where the pages are.
         group: query heads of a KV head.
+        many_rows: rows of a block of prefill.
 
     """
-    key = (id(batch), device, group)
+    key = (id(batch), device, group, many_rows)
     known = _known.get(key)
     if known is not None and known[0]() is batch:
         return known[1]
     if len(_known) > 16:
         _known.clear()
-    counts = _make(batch, device, group)
+    counts = _make(batch, device, group, many_rows)
     _known[key] = (weakref.ref(batch), counts)
     return counts
 
 
-def _make(batch: Batch, device: torch.device, group: int) -> Counts:
+def _make(batch: Batch, device: torch.device, group: int, many_rows: int) -> Counts:
     host = {name: getattr(batch, name).cpu().numpy() for name in NAMES}
     fresh = np.diff(host["query_start"])
     few = fresh == 1
     arrays = [host[name] for name in NAMES]
-    for chosen, rows in ((few, FEW_ROWS), (~few, MANY_ROWS)):
+    for chosen, rows in ((few, FEW_ROWS), (~few, many_rows)):
         arrays += _tasks(host["query_start"], np.where(chosen, fresh, 0), group, rows)
     *counts, few_blocks, few_lines, many_blocks, many_lines = _copy(arrays, device)
     tasks = Tasks(few_blocks.view(-1, 3), few_lines), Tasks(many_blocks.view(-1, 3), many_lines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache_policies.kernels.triton import plans
-from cache_policies.kernels.triton.counts import FEW_ROWS, MANY_ROWS, Counts, counts_of
+from cache_policies.kernels.triton.counts import Counts, counts_of
 from cache_policies.kernels.triton.device import attend as attending
 from cache_policies.kernels.triton.device import encode as encoding
 from cache_policies.kernels.triton.device.mass import mass as count_mass
@@ -173,9 +173,9 @@ class TritonKernel:
             chosen.count, self.shape.scale * LOG2_E, splits, chosen.width, table.stride(0),
             query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=FEW_ROWS if splits else MANY_ROWS, BLOCK=self.tiles.block,
+            PAGE=self.page, M=plans.FEW_ROWS if splits else self.tiles.many_rows, BLOCK=self.tiles.block,
             RECENT=self.tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
-            warps=self.tiles.warps, stages=self.tiles.stages,
+            warps=self.tiles.warps if splits else self.tiles.many_warps, stages=self.tiles.stages,
         )  # fmt: skip
         if splits:
             launch(
@@ -216,8 +216,7 @@ class TritonKernel:
             *since, offsets, strides, first, pages, table, chosen.pages, chosen.count,
             self.shape.scale * LOG2_E, chosen.width, table.stride(0), query.stride(0),
             key.stride(0), pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=FEW_ROWS if counts.fresh.max() * self._group <= FEW_ROWS else MANY_ROWS,
-            BLOCK=tiles.block, RECENT=tiles.recent, READS=chosen.any,
+            PAGE=self.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent, READS=chosen.any,
             warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
@@ -234,7 +233,7 @@ class TritonKernel:
         table = batch.block_table
         _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
         _require(table.device == pages.device, "block_table and pages on one device")
-        return counts_of(batch, pages.device, self._group)
+        return counts_of(batch, pages.device, self._group, self.tiles.many_rows)
 
     def _check(self, pages: torch.Tensor, **tensors: torch.Tensor) -> None:
         _require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cache_policies.kernels.triton.page import Page
 
 MOST_SPLITS = 64
+FEW_ROWS = 16  # rows of a block of decode: the least that a matrix instruction takes
 
 
 def power(count: int) -> int:
@@ -29,7 +30,9 @@ class Tiles:
         part_width: channels that it encodes.
         parts: programs for all channels.
         ring_span: tokens of the ring that one program writes.
-        warps: warps of a program.
+        warps: warps of a program that decodes or encodes.
+        many_rows: rows (a query of a query head) of a block of prefill.
+        many_warps: warps of its program.
         stages: of the software pipeline.
 
     """
@@ -41,6 +44,8 @@ class Tiles:
     parts: int
     ring_span: int
     warps: int
+    many_rows: int
+    many_warps: int
     stages: int
 
     @classmethod
@@ -59,5 +64,8 @@ class Tiles:
             parts=-(-size // part),
             ring_span=32,
             warps=8 if wide else 4,
+            # Codes are decoded in registers; with 64 rows of 128 channels they spill on sm_80.
+            many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
+            many_warps=8 if wide or (page.kind != CODES and page.width > 64) else 4,
             stages=2,
         )
