@@ -10,15 +10,13 @@ import triton.language as tl
 
 from cache_policies.kernels.triton.device.place import page_base
 from cache_policies.kernels.triton.device.source import numbered, pending
-from cache_policies.kernels.triton.device.types import narrow, round_even, to_half
-
-
-@triton.jit
-def inverse_of(scale):
-    """``1 / scale`` of float16 scales; 0 of 0."""
-    scale = scale.to(tl.float32)
-    safe = tl.where(scale > 0, scale, 1.0)
-    return tl.where(scale > 0, tl.div_rn(safe * 0.0 + 1.0, safe), 0.0)
+from cache_policies.kernels.triton.device.types import (
+    divided,
+    inverse_of,
+    narrow,
+    round_even,
+    to_half,
+)
 
 
 @triton.jit
@@ -26,7 +24,7 @@ def quantize(x, AXIS: tl.constexpr, BITS: tl.constexpr):
     """Codes (float32), scale and minimum (float16, AXIS kept), as ``packing.quantize``."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     lowest, highest = tl.min(x, AXIS, keep_dims=True), tl.max(x, AXIS, keep_dims=True)
-    scale = to_half(tl.div_rn(highest - lowest, lowest * 0.0 + LEVELS))
+    scale = to_half(divided(highest - lowest, LEVELS))
     low = to_half(lowest)
     codes = round_even((x - low.to(tl.float32)) * inverse_of(scale))
     return tl.clamp(codes, 0.0, LEVELS * 1.0), scale, low
@@ -119,7 +117,7 @@ def put_plain(base, k, v, token, c, given, PAGE: tl.constexpr):
 def put_int8(base, x, token, given):
     """Write the tokens' scales; return the codes as float32."""
     largest = tl.max(tl.abs(x), 1)
-    scale = to_half(tl.div_rn(largest, largest * 0.0 + 127.0))
+    scale = to_half(divided(largest, 127))
     tl.store(base.to(tl.pointer_type(tl.float16)) + token, scale, mask=given)
     return tl.clamp(round_even(x * inverse_of(scale)[:, None]), -127.0, 127.0)
 
