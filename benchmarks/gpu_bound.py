@@ -1,4 +1,4 @@
-"""Bytes and instructions of a token in decode, and the bound that follows: arithmetic, no measurement.
+"""Bytes and instructions of a token in decode, and the bound that follows: arithmetic only.
 
 Instructions are counted in the machine code that Triton makes for a GPU that is not here.
 """

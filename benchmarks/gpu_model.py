@@ -50,7 +50,7 @@ class Pages:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         mask: Any, scaling: float = 0.0, **_: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        """transformers' attention function: ``[1, heads, tokens, head_size]`` each."""
+        """Transformers' attention function: ``[1, heads, tokens, head_size]`` each."""
         tokens = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
         kernel, pages = self._layer(module.layer_idx, tokens, scaling)
         output = torch.empty_like(tokens[0])

@@ -60,9 +60,7 @@ class Layer:
         """Tensors and options of torch's attention over the same number of tokens."""
         total, shape = self.context + fresh, self.setup.shape
         size = (self.seqs, shape.num_kv_heads, total, self.setup.layout.head_size)
-        key, value = (
-            torch.randn(size, device=self.device, dtype=torch.bfloat16) for _ in range(2)
-        )
+        key, value = (torch.randn(size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         query = key.new_ones(self.seqs, shape.num_heads, fresh, size[-1])
         if fresh == 1:
             return query, key, value, {"enable_gqa": True}

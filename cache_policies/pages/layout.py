@@ -67,9 +67,7 @@ class PageLayout:
     @cached_property
     def fields(self) -> tuple[Field, ...]:
         """The codec's declaration for this shape."""
-        return self.codec.fields(
-            self.head_size, self.page_tokens, self.model_dtype, self.packing
-        )
+        return self.codec.fields(self.head_size, self.page_tokens, self.model_dtype, self.packing)
 
     @cached_property
     def offsets(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ stock object is stood in for, and a server without a policy never meets this mod
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
@@ -39,8 +39,8 @@ BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
 class GpuBackend(AttentionBackend):  # type: ignore[misc]
     """Triton's kernels over our pages."""
 
-    supported_dtypes = list(MODEL_DTYPES)
-    supported_kv_cache_dtypes = ["auto"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
     edge = False
 
     @staticmethod
@@ -56,11 +56,11 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
         return GpuMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_STEP)]
 
     @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
+    def get_preferred_block_size(cls, default_block_size: int) -> int:  # noqa: ARG003
         return BLOCK_SIZE
 
     @classmethod
@@ -107,7 +107,7 @@ class GpuMetadataBuilder(RingStoreMetadataBuilder):
 class GpuImpl(RingStoreImpl):
     """Attention of one layer on a GPU."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *_: Any, **__: Any) -> Any:
         """Ours; there is no stock implementation behind this name."""
         vllm_config = get_current_vllm_config()
         asked = settings(vllm_config)

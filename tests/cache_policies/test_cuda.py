@@ -105,9 +105,7 @@ def test_pages_are_viewed_not_copied_in_the_layouts_we_declare(layout: KVCacheLa
 
 def test_the_name_without_a_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = type("Config", (), {"additional_config": {}})()
-    monkeypatch.setattr(
-        "cache_policies.vllm_plugin.cuda.get_current_vllm_config", lambda: plain
-    )
+    monkeypatch.setattr("cache_policies.vllm_plugin.cuda.get_current_vllm_config", lambda: plain)
     with pytest.raises(PolicyError, match="needs a cache policy"):
         GpuImpl(4, 64, 0.125, 2)
 

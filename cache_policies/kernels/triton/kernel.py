@@ -173,8 +173,9 @@ class TritonKernel:
             chosen.count, self.shape.scale * LOG2_E, splits, chosen.width, table.stride(0),
             query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=plans.FEW_ROWS if splits else self.tiles.many_rows, BLOCK=self.tiles.block,
-            RECENT=self.tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
+            PAGE=self.page, M=plans.FEW_ROWS if splits else self.tiles.many_rows,
+            BLOCK=self.tiles.block, RECENT=self.tiles.recent, SPLIT=splits > 0,
+            READS=chosen.any, LSE=lse is not None,
             warps=self.tiles.warps if splits else self.tiles.many_warps, stages=self.tiles.stages,
         )  # fmt: skip
         if splits:
@@ -209,15 +210,17 @@ class TritonKernel:
                 (counts.fresh, tiles.recent),
             )
         )
-        since = (x.to(pages.device, non_blocking=True) for x in (mass.first_query, mass.first_token))
+        since = (
+            x.to(pages.device, non_blocking=True) for x in (mass.first_query, mass.first_token)
+        )
         launch(
             count_mass, (int(count.max()), len(mass.out), self.shape.num_kv_heads),
             query, key, lse, counts.query_start, counts.stored, counts.ring, counts.store_row,
             *since, offsets, strides, first, pages, table, chosen.pages, chosen.count,
             self.shape.scale * LOG2_E, chosen.width, table.stride(0), query.stride(0),
             key.stride(0), pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent, READS=chosen.any,
-            warps=tiles.warps, stages=tiles.stages,
+            PAGE=self.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent,
+            READS=chosen.any, warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
     def _splits(self, counts: Counts) -> int:

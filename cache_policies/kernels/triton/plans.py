@@ -1,4 +1,4 @@
-"""Sizes of tiles: what fits the registers and the shared memory of the smallest GPU we compile for."""
+"""Sizes of tiles: what fits the registers and shared memory of the smallest GPU we compile for."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ class Tiles:
             # Codes are decoded in registers; with 64 rows of 128 channels they spill on sm_80.
             many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
             many_warps=8 if wide or (page.kind != CODES and page.width > 64) else 4,
-            stages=2,
+            stages=1 if wide else 2,
         )

@@ -36,7 +36,11 @@ class AffineCodec(Codec):
         """True: key groups run over tokens. False: over channels, like value groups."""
 
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = packing.LANES
+        self,
+        head_size: int,
+        page_tokens: int,
+        model_dtype: torch.dtype,
+        packed: str = packing.LANES,
     ) -> tuple[Field, ...]:
         by_token = (head_size // self.divisor, page_tokens)
         by_channel = (page_tokens // self.divisor, head_size)

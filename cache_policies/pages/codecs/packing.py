@@ -3,8 +3,8 @@
 A kernel names the packing that it reads (``Kernel.packing``); the page layout declares it, and the
 codec follows the type of the declared field. Both packings take the same number of bytes.
 
-``lanes``, bytes: codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``, AVX-512
-``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) into one lane:
+``lanes``, bytes: codes are laid out for byte-wise multiply-add instructions (AVX2 ``maddubs``,
+AVX-512 ``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) into one lane:
 
 * keys, per 32 tokens and 4 channels: four vectors of 8 tokens x 4 channels;
 * values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.

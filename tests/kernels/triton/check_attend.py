@@ -19,7 +19,9 @@ from tests.kernels.triton.setup import ALL, Both, examples, make
 DAILY = ("raw", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "kivi(k_bits=2,v_bits=4)",
          "bf16", "kivi-4bit(group=16,residual=64)")  # fmt: skip
 SEQUENCES = st.lists(
-    st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))), min_size=1, max_size=4 if ALL else 2
+    st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))),
+    min_size=1,
+    max_size=4 if ALL else 2,
 )
 
 

@@ -63,7 +63,7 @@ def test_only_chosen_pages_are_read_and_counted(policy: str, page_tokens: int, s
     rng = np.random.default_rng(seed)
     residual = "(residual=64)" if policy.startswith("kivi") and page_tokens == 64 else ""
     setup = make(
-        policy.replace("kivi", "kivi-4bit", 1) + residual if policy == "kivi" else policy + residual,
+        policy + residual,
         heads=4, kv_heads=2, max_tokens=900, page_tokens=page_tokens,
     )  # fmt: skip
     computed = [5 * page_tokens, 2 * page_tokens + 40]
@@ -77,9 +77,7 @@ def test_only_chosen_pages_are_read_and_counted(policy: str, page_tokens: int, s
     masses = [_mass(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
     masses[1] = _there(masses[1])
     both, tokens = Both(setup), setup.tokens(sum(fresh), seed=9)
-    chosen = both.attend(
-        batch, tokens, *({"reads": reads, "mass": m} for m in masses)
-    )
+    chosen = both.attend(batch, tokens, *({"reads": reads, "mass": m} for m in masses))
     torch.testing.assert_close(*chosen, **CLOSE)
     for expected, got in zip(*(m.out for m in masses), strict=True):
         assert expected is not None

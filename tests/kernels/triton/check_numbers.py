@@ -31,7 +31,9 @@ def _apply(x, out, WHAT: tl.constexpr, BY: tl.constexpr, SIZE: tl.constexpr):
     tl.store(out + at, value)
 
 
-def applied(x: torch.Tensor, what: str, by: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def applied(
+    x: torch.Tensor, what: str, by: int = 1, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     x_there, out = there(x, torch.empty(SIZE, dtype=dtype))
     _apply[(1,)](x_there, out, WHAT=what, BY=by, SIZE=SIZE, enable_fp_fusion=False)
     return out.cpu()

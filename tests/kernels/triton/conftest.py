@@ -1,4 +1,4 @@
-"""Triton's interpreter patches its language before every call of a device function; once is enough."""
+"""Triton's interpreter patches its language at every call of a device function; once is enough."""
 
 from __future__ import annotations
 

@@ -61,9 +61,7 @@ class Both:
         output = torch.full_like(query, float("nan"))
         self.reference.attend(self.pages, batch, *tokens, output, **expected)
         (output_there,) = there(torch.full_like(query, float("nan")))
-        self.triton.attend(
-            self.pages_there, on_device(batch), *there(*tokens), output_there, **got
-        )
+        self.triton.attend(self.pages_there, on_device(batch), *there(*tokens), output_there, **got)
         return [output, output_there.cpu()]
 
     def append(self, batch: Batch, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:

@@ -66,7 +66,9 @@ def test_triton_decode_has_few_instructions_for_a_code(
 ) -> None:
     """Above about 5.5 an H100 would decode 4-bit pages slower than its memory delivers them."""
     found = launches(policy, head_size=head_size)
-    assert compiled("attend decode", found["attend decode"], target).lane_instructions_per_code < 5.5
+    assert (
+        compiled("attend decode", found["attend decode"], target).lane_instructions_per_code < 5.5
+    )
 
 
 def test_triton_programs_are_recorded_as_they_run() -> None:
@@ -74,5 +76,7 @@ def test_triton_programs_are_recorded_as_they_run() -> None:
     found = launches("kivi-4bit", dtype=torch.float16)
     kernels = {name.split()[0] for name in found}
     assert kernels == {"attend", "combine", "mass", "absorb", "keep_ring", "read", "write"}
-    modes = {(c.constants["SPLIT"], c.constants["READS"]) for n, c in found.items() if "attend" in n}
+    modes = {
+        (c.constants["SPLIT"], c.constants["READS"]) for n, c in found.items() if "attend" in n
+    }
     assert modes == {(True, False), (False, False), (True, True)}

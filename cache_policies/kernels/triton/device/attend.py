@@ -26,7 +26,9 @@ def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
     k = keys(rows, valid, S, PAGE, BLOCK, MASK)
     x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
     if PAGE.kind == "int8":
-        x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[None, :]
+        x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[
+            None, :
+        ]
     if MASK:
         x = tl.where(valid[None, :], x, float("-inf"))
     return x
@@ -73,6 +75,43 @@ def recent_tile(q, m, l, acc, k, v, seen, scale, PAGE: tl.constexpr):
 
 
 @triton.jit
+def over_store(q, m, l, acc, store, low, end, limit, scale, PAGE: tl.constexpr,
+               BLOCK: tl.constexpr, READS: tl.constexpr):  # fmt: skip
+    """Add tiles ``low .. end`` of the store; of the last one a part may be held."""
+    whole = tl.minimum(limit // BLOCK, end)
+    for tile in range(low, whole):
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, False)
+    for tile in range(tl.maximum(low, whole), end):
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, True)
+    return m, l, acc
+
+
+@triton.jit
+def over_ring(q, m, l, acc, pages, row, page_stride, offset, count, scale, PAGE: tl.constexpr,
+              RECENT: tl.constexpr):  # fmt: skip
+    """Add the ring, which every query sees."""
+    for begin in range(0, count, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = ring_at(pages, row, page_stride, offset, j, count, PAGE)
+        k, v = recent(k, v, j < count, PAGE)
+        m, l, acc = recent_tile(q, m, l, acc, k, v, (j < count)[None, :], scale, PAGE)
+    return m, l, acc
+
+
+@triton.jit
+def over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token, count,
+               scale, PAGE: tl.constexpr, RECENT: tl.constexpr):  # fmt: skip
+    """Add the first ``count`` fresh tokens; query ``token`` sees those up to itself."""
+    for begin in range(0, count, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = fresh_at(key, value, key_stride, value_stride, start, head, j, PAGE)
+        k, v = recent(k, v, j < count, PAGE)
+        seen = (j[None, :] <= token[:, None]) & (j < count)[None, :]
+        m, l, acc = recent_tile(q, m, l, acc, k, v, seen, scale, PAGE)
+    return m, l, acc
+
+
+@triton.jit
 def attend(
     query, key, value, output, part_sum, part_lse, lse, tasks, query_start, stored_count,
     ring_count, store_row, pages, table, chosen, count, scale, splits, width, table_stride,
@@ -81,7 +120,7 @@ def attend(
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
     SPLIT: tl.constexpr, READS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Queries ``task``, KV head ``program_id(1)``; where SPLIT, part ``program_id(2)`` of the store.
+    """One block of queries and one KV head; where SPLIT, part ``program_id(2)`` of the store.
 
     The last part is that of the recent tokens. A row of a block is a query of one query head.
     """
@@ -90,52 +129,39 @@ def attend(
     seq, first = tl.load(task), tl.load(task + 1)
     start = tl.load(query_start + seq)
     fresh = tl.load(query_start + seq + 1) - start
-    rows = first + tl.arange(0, M)
+    rows, columns = first + tl.arange(0, M), tl.arange(0, PAGE.width)
+    token, head_row = rows // GROUP, head * GROUP + rows % GROUP
     live = rows < fresh * GROUP
-    token, columns = rows // GROUP, tl.arange(0, PAGE.width)
-    head_row = head * GROUP + rows % GROUP
     real = live[:, None] & (columns < PAGE.head_size)[None, :]
     at = head_row[:, None] * PAGE.head_size + columns[None, :]
-    row = (start + token).to(tl.int64)[:, None]
-    raw = tl.load(query + row * query_stride + at, mask=real, other=0.0)
-    q, near = for_store(raw, PAGE), raw.to(PAGE.recent)
-    m = tl.full([M], LEAST, tl.float32)
-    l = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, PAGE.width], tl.float32)
+    line = (start + token).to(tl.int64)
+    raw = tl.load(query + line[:, None] * query_stride + at, mask=real, other=0.0)
 
     store = store_of(pages, table, table_stride, store_row, chosen, count, width, seq, head,
                      page_stride, head_stride, PAGE, READS)  # fmt: skip
     limit = tokens_to_read(store, tl.load(stored_count + seq), PAGE, READS)
     ring = tl.load(ring_count + seq)
     last = tl.minimum(fresh, (first + M - 1) // GROUP + 1)  # no query of the block sees further
-    low, high = 0, limit // BLOCK
-    end = tl.cdiv(limit, BLOCK)
+    low, end = 0, tl.cdiv(limit, BLOCK)
     if SPLIT:
         each = tl.cdiv(end, splits)
-        is_last = part == splits
-        low = tl.where(is_last, 0, part * each)
-        end = tl.where(is_last, 0, tl.minimum(low + each, end))
-        high = tl.minimum(high, end)
-        ring, last = tl.where(is_last, ring, 0), tl.where(is_last, last, 0)
-    for tile in range(low, high):
-        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, False)
-    for tile in range(tl.maximum(low, high), end):  # at most one, of which a part is held
-        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, True)
-    for begin in range(0, ring, RECENT):
-        j = begin + tl.arange(0, RECENT)
-        k, v = recent(*ring_at(pages, table + seq.to(tl.int64) * table_stride, page_stride,
-                               head.to(tl.int64) * head_stride, j, ring, PAGE), j < ring, PAGE)  # fmt: skip
-        m, l, acc = recent_tile(near, m, l, acc, k, v, (j < ring)[None, :], scale, PAGE)
-    for begin in range(0, last, RECENT):
-        j = begin + tl.arange(0, RECENT)
-        k, v = recent(*fresh_at(key, value, key_stride, value_stride, start, head, j, PAGE),
-                      j < last, PAGE)  # fmt: skip
-        seen = (j[None, :] <= token[:, None]) & (j < last)[None, :]
-        m, l, acc = recent_tile(near, m, l, acc, k, v, seen, scale, PAGE)
+        low = tl.where(part == splits, 0, part * each)
+        end = tl.where(part == splits, 0, tl.minimum(low + each, end))
+        ring, last = tl.where(part == splits, ring, 0), tl.where(part == splits, last, 0)
+    m, l = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, PAGE.width], tl.float32)
+    m, l, acc = over_store(
+        for_store(raw, PAGE), m, l, acc, store, low, end, limit, scale, PAGE, BLOCK, READS
+    )
+    q, row = raw.to(PAGE.recent), table + seq.to(tl.int64) * table_stride
+    m, l, acc = over_ring(
+        q, m, l, acc, pages, row, page_stride, store[5], ring, scale, PAGE, RECENT
+    )
+    m, l, acc = over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token,
+                           last, scale, PAGE, RECENT)  # fmt: skip
 
     safe = tl.where(l > 0, l, 1.0)
-    result = acc / safe[:, None]
-    total = tl.where(l > 0, m + tl.log2(safe), float("-inf"))
+    result, total = acc / safe[:, None], tl.where(l > 0, m + tl.log2(safe), float("-inf"))
     if SPLIT:
         line = (tl.load(task + 2) + token).to(tl.int64) * PAGE.heads + head_row
         line = line * (splits + 1) + part
@@ -143,10 +169,9 @@ def attend(
         tl.store(part_lse + line, total, mask=live)
     else:
         result = narrow(result, output.dtype.element_ty)
-        tl.store(output + row * output_stride + at, result, mask=real)
+        tl.store(output + line[:, None] * output_stride + at, result, mask=real)
         if LSE:
-            line = (start + token).to(tl.int64) * PAGE.heads + head_row
-            tl.store(lse + line, total, mask=live)
+            tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
 
 
 @triton.jit

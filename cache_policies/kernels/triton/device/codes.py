@@ -85,7 +85,9 @@ def by_channel(rows, FIELD: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
         base = base.to(tl.pointer_type(tl.uint8))
     group = (first + S * STEP) // PAGE.group
     at = group[:, None] * PAGE.head_size + tl.arange(0, PAGE.width)[None, :]
-    x = load_columns((at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at, PAGE)
+    x = load_columns(
+        (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at, PAGE
+    )
     return repeat_rows(x, GROUP // 32 * STEP)
 
 

@@ -137,7 +137,7 @@ def absorb(
     table_stride, key_stride, value_stride, page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Span ``program_id(0)`` of the tokens that one request moves from ring and step to the store."""
+    """Span ``program_id(0)`` of what one request moves from ring and step to the store."""
     seq, part = tl.program_id(1), tl.program_id(2)
     PARTS: tl.constexpr = (PAGE.head_size + WIDTH - 1) // WIDTH
     head, c = part // PARTS, part % PARTS * WIDTH + tl.arange(0, WIDTH)
@@ -211,7 +211,9 @@ def write(
         k, v, given = numbered(inverse, key, value, held, count, head, slot, c, slot < held, PAGE)
         put_ring(pages, row, page_stride, offset, place, k, v, c, given, PAGE)
     else:
-        k, v, given = numbered(inverse, key, value, held, count, head, place, c, place < stored, PAGE)
+        k, v, given = numbered(
+            inverse, key, value, held, count, head, place, c, place < stored, PAGE
+        )
         store = pages, row + store_row, row, -1, page_stride, offset
         base = page_base(store, first // PAGE.tokens)
         put(base, k, v, first % PAGE.tokens, c, given, SPAN, WIDTH, PAGE)

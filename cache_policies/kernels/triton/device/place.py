@@ -57,9 +57,10 @@ def tile_of(store, tile, limit, PAGE: tl.constexpr, BLOCK: tl.constexpr, READS: 
     """Rows of a tile of ``BLOCK`` tokens, of which a row holds one of each stream.
 
     Returns:
-        the tuple ``rows``: page address (a scalar where the tile lies in one page, else ``[rows]``),
-        place in the page of each row's span of 32 tokens, place of the row in the stream, place in
-        the page of the tile's first token; and the number of the row's token of stream 0.
+        the tuple ``rows``: page address (a scalar where the tile lies in one page, else
+        ``[rows]``), place in the page of each row's span of 32 tokens, place of the row in the
+        stream, place in the page of the tile's first token; and the number of the row's token of
+        stream 0.
 
     """
     STEP: tl.constexpr = 32 // PAGE.streams
@@ -83,5 +84,5 @@ def at_rows(base, BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """Page addresses to which ``[rows, columns]`` of bytes can be added."""
     if PAGE.tokens % BLOCK == 0:
         return base
-    else:
+    else:  # not left out: the compiler reads what follows a return
         return base[:, None]

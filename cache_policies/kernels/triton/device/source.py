@@ -18,8 +18,9 @@ def pending(row, pages, key, value, key_stride, value_stride, page_stride, head_
     new = (valid & (j >= ring))[:, None] & real
     line = (start + j - ring).to(tl.int64)[:, None]
     channel = head * PAGE.head_size + c[None, :]
-    k_old, k_new = tl.load(at, mask=old, other=0.0), tl.load(
-        key + line * key_stride + channel, mask=new, other=0.0
+    k_old, k_new = (
+        tl.load(at, mask=old, other=0.0),
+        tl.load(key + line * key_stride + channel, mask=new, other=0.0),
     )
     v_old = tl.load(at + PAGE.head_size, mask=old, other=0.0)
     v_new = tl.load(value + line * value_stride + channel, mask=new, other=0.0)
