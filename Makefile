@@ -3,16 +3,19 @@
 # make test-triton-all   every Triton kernel interpreted and compiled for four targets (hours)
 # make gpu-check         the Triton kernels on a GPU: tests, speed, graphs (8 minutes)
 # make gpu-engine        a vLLM engine on a GPU beside stock vLLM
+# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
+# make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
 sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
-           $(wildcard cache_policies/kernels/src/*)
+           $(wildcard cache_policies/kernels/src/*.* cache_policies/kernels/src/*/*)
 # Nothing is sent out, and models come from the cache only.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test test-triton-all gpu-check gpu-engine lint deploy-test
+.PHONY: setup demo test test-triton-all gpu-check gpu-engine test-sanitizers test-vllm-next \
+        lint deploy-test
 setup: .venv/.ready
 
 .venv/.ready: $(sources)
@@ -37,6 +40,16 @@ test-triton-all: setup
 GPU_PYTHON ?= .venv/bin/python
 gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.$(subst -,_,$@)
+
+test-sanitizers: setup
+	scripts/test_sanitizers.sh
+
+.venv-next/.ready: scripts/setup_next.sh .venv/.ready
+	scripts/setup_next.sh
+	touch $@
+
+test-vllm-next: .venv-next/.ready
+	.venv-next/bin/python -m pytest tests/scheduling
 
 deploy-test: setup
 	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests

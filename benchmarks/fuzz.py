@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import random
 import sys
@@ -29,7 +30,22 @@ FLAGS = [
     "--cache-policy", "kivi-4bit", "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager",
     "--max-model-len", "512", "--disable-uvicorn-access-log", "--policy-alias", "fast=snapkv",
 ]  # fmt: skip
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/cache_policies/estimate")
+SAID = [{"role": "user", "content": "Hello there."}]
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hello there.", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": SAID, "max_tokens": 2},
+    "/v1/chat/completions/batch": {"messages": [SAID], "max_tokens": 2},
+    "/v1/responses": {"input": "Hello there.", "max_output_tokens": 2},
+    "/v1/messages": {"messages": SAID, "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": SAID},
+    "/inference/v1/generate": {"token_ids": [5, 6], "sampling_params": {"max_tokens": 2}},
+    "/generative_scoring": {"query": "a", "items": ["b"], "label_token_ids": [5, 6]},
+    "/tokenize": {"prompt": "Hello there."},
+    "/detokenize": {"tokens": [5, 6]},
+    "/v1/cache_policies/estimate": {
+        "memory_bytes": 1 << 20, "context_tokens": 100, "policies": ["fp16"],
+    },
+}  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1e308, 2**63, 10**40, "", "x" * 5000, "\x00", "\ud83d", "💥", [], [[]], {},
     {"a": {"b": [1]}}, [None], "NaN", -0.0, 1.5, ["x"] * 50,
@@ -45,12 +61,8 @@ POLICIES = (
 
 def good(route: str) -> dict[str, Any]:
     """A request that is answered."""
-    if route.endswith("estimate"):
-        return {"memory_bytes": 1 << 20, "context_tokens": 100, "policies": ["fp16"]}
-    text: dict[str, Any] = {"prompt": "Hello there."}
-    if "chat" in route:
-        text = {"messages": [{"role": "user", "content": "Hello there."}]}
-    return {"model": MODEL, "max_tokens": 2, "temperature": 0, **text}
+    ours = route.startswith("/v1/cache_policies")
+    return copy.deepcopy(ROUTES[route]) | ({} if ours else {"model": MODEL})
 
 
 def spoiled(route: str, rng: random.Random) -> tuple[bytes, dict[str, str]]:
@@ -66,7 +78,11 @@ def spoiled(route: str, rng: random.Random) -> tuple[bytes, dict[str, str]]:
         name = rng.choice(("Content-Type", "X-Request-Id", "Authorization", "Accept"))
         headers = {name: rng.choice(("", "text/xml", "application/json; charset=x", "a" * 4000))}
     elif kind == 3:
-        body["vllm_xargs"] = {"cache_policy": rng.choice((*POLICIES, *ODD))}
+        key = rng.choice(("cache_policy", "cache_polcy", "cache_kernel", "\x00", ""))
+        asked = {key: rng.choice((*POLICIES, *ODD))}
+        body |= rng.choice(
+            ({"vllm_xargs": asked}, asked, {"sampling_params": {"extra_args": asked}})
+        )
     elif kind == 4:
         body["model"] = f"{MODEL}@{rng.choice(POLICIES)}"
     elif kind == 5:
@@ -75,9 +91,13 @@ def spoiled(route: str, rng: random.Random) -> tuple[bytes, dict[str, str]]:
         keys = ("max_tokens", "n", "stop", "stream", "logprobs", "top_p", "temperature", "messages",
                 "prompt", "model", "vllm_xargs", "stream_options", "seed", "logit_bias", "tools",
                 "response_format", "model_shape", "memory_bytes", "context_tokens", "min_tokens",
-                "best_of", "echo", "suffix", "user", "cache_salt", "priority")  # fmt: skip
+                "best_of", "echo", "suffix", "user", "cache_salt", "priority", "input",
+                "prompt_compression", "structured_outputs", "use_beam_search", "sampling_params",
+                "max_output_tokens", "kv_transfer_params", "instructions", "token_ids", "items",
+                "query", "label_token_ids", "tokens", "prompt_logprobs", "stop_token_ids",
+                "request_id", "previous_response_id", "truncate_prompt_tokens")  # fmt: skip
         for key in rng.sample(keys, rng.randrange(1, 4)):
-            body[key] = rng.choice(ODD)
+            body[key] = rng.choice((*ODD, *body.values()))
     text = json.dumps(body)
     if kind == 7:
         text = text.replace('"', "'", 1) if rng.random() < 0.3 else "[" * rng.randrange(3000) + text
@@ -101,12 +121,20 @@ async def slow_client(url: str) -> None:
 async def run(url: str, count: int, seed: int) -> bool:
     """Send, count, judge."""
     rng, statuses, bad = random.Random(seed), Counter[str](), []
-    http = httpx.AsyncClient(base_url=url, timeout=60)
+    http = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
     slow = [asyncio.create_task(slow_client(url)) for _ in range(50)]
     gate = asyncio.Semaphore(16)
+    health = Counter[int]()
+
+    async def watch() -> None:
+        while True:
+            health[(await http.get("/health")).status_code] += 1
+            await asyncio.sleep(0.5)
+
+    watching = asyncio.create_task(watch())
 
     async def one() -> None:
-        route = rng.choice(ROUTES)
+        route = rng.choice(list(ROUTES))
         body, headers = spoiled(route, rng)
         async with gate:
             try:
@@ -124,15 +152,16 @@ async def run(url: str, count: int, seed: int) -> bool:
     begin = time.monotonic()
     last = await http.post("/v1/completions", json=good("/v1/completions"))
     waited = time.monotonic() - begin
-    for task in slow:
+    for task in (*slow, watching):
         task.cancel()
+    print(f"/health meanwhile: {dict(health)}")
     print(f"{count} requests: {dict(statuses)}")
     print(
         f"a good request afterwards, beside 50 slow clients: {last.status_code} in {waited:.2f} s"
     )
     for text in bad[:10]:
         print("bad:", text)
-    return not bad and last.status_code == httpx.codes.OK
+    return not bad and last.status_code == httpx.codes.OK and set(health) == {200}
 
 
 def main() -> None:

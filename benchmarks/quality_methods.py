@@ -109,7 +109,7 @@ class Runner:
             if item.metric == "exact_key":
                 partial = partial_key(answer.text, item.references[0])
                 scores.setdefault(item.task + " partial", []).append(partial)
-            whole = self.answers.setdefault(item.id, answer.token_ids)  # of ``all``, the first
+            whole = self.answers.setdefault(item.prompt, answer.token_ids)  # of ``all``
             equal = takewhile(
                 lambda pair: pair[0] == pair[1], zip(whole, answer.token_ids, strict=False)
             )

@@ -43,7 +43,7 @@ class Soak:
     """The clients and what became of their requests."""
 
     def __init__(self, url: str, seconds: float) -> None:
-        self.http = httpx.AsyncClient(base_url=url, timeout=300)
+        self.http = httpx.AsyncClient(base_url=url, timeout=300, trust_env=False)
         self.until = time.monotonic() + seconds
         self.rng = random.Random(0)
         self.counts = {"answered": 0, "cancelled": 0}

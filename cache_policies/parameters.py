@@ -11,6 +11,8 @@ from cache_policies.errors import PolicyError
 _PARAMETER = re.compile(r"\s*([a-z_]+)\s*=\s*([a-z0-9.-]+)\s*")
 _KINDS: dict[type, str] = {int: "whole number", float: "number", str: "word"}
 
+LARGEST = 2**31 - 1  # counts of tokens; a request could end the engine with more
+
 Value = int | float | str
 
 
@@ -34,7 +36,8 @@ def read_arguments(name: str, text: str | None, allowed: dict[str, Value]) -> di
     """Parse ``key=value, ...`` into values of the types of the defaults.
 
     Raises:
-        PolicyError: unknown or repeated key, or a value of another type; names what is allowed.
+        PolicyError: unknown or repeated key, or a value of another type or above ``LARGEST``; names
+            what is allowed.
 
     """
     given: dict[str, Value] = {}
@@ -53,6 +56,9 @@ def read_arguments(name: str, text: str | None, allowed: dict[str, Value]) -> di
             given[key] = kind(match[2])
         except ValueError:
             raise PolicyError(f"parameter {item.strip()!r} is not key={_KINDS[kind]}") from None
+        value = given[key]
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise PolicyError(f"parameter {item.strip()!r} is not a number of at most {LARGEST}")
     return given
 
 

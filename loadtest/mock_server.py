@@ -33,6 +33,7 @@ FAULTS = (
     "usage_with_choices",
 )  # fmt: skip
 MODEL = "mock"
+TEMPLATE_WORDS = 12  # of its chat template
 POOL_REQUESTS = 64  # requests that fill its KV cache
 
 
@@ -48,6 +49,7 @@ class Behaviour:
             request on.
         answer: text of every token; the first is the passkey, if the prompt has one.
         api_key: wanted as bearer token, if any.
+        longest: most tokens of prompt and answer, as vLLM's max_model_len; 0: any number.
 
     """
 
@@ -60,6 +62,7 @@ class Behaviour:
     stall_at: float = 0.0
     answer: str = " word"
     api_key: str = ""
+    longest: int = 0
 
 
 @dataclass
@@ -96,7 +99,10 @@ def make_app(behaviour: Behaviour) -> Starlette:
     async def models(request: Request) -> Response:
         if refused(request):
             return JSONResponse({"error": "unauthorized"}, status_code=401)
-        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+        model: dict[str, Any] = {"id": MODEL, "object": "model"}
+        if behaviour.longest:
+            model["max_model_len"] = behaviour.longest
+        return JSONResponse({"object": "list", "data": [model]})
 
     async def metrics(_: Request) -> Response:
         return PlainTextResponse(generate_latest(state.registry).decode())
@@ -105,8 +111,8 @@ def make_app(behaviour: Behaviour) -> Starlette:
         return JSONResponse(state.truth)
 
     async def tokenize(request: Request) -> Response:
-        words = (await request.json())["prompt"].split()
-        return JSONResponse({"count": len(words), "tokens": list(range(len(words)))})
+        count = _count(await request.json())
+        return JSONResponse({"count": count, "tokens": list(range(count))})
 
     async def completions(request: Request) -> Response:
         return await _answer(state, request, chat=False)
@@ -136,6 +142,9 @@ async def _answer(state: State, request: Request, *, chat: bool) -> Response:
     if fault.isdigit():
         message = {"error": {"message": f"mock {fault}", "type": "mock", "code": int(fault)}}
         return JSONResponse(message, status_code=int(fault))
+    if 0 < behaviour.longest < _count(body) + int(body["max_tokens"]):
+        message = {"error": {"message": f"mock: longer than {behaviour.longest}", "code": 400}}
+        return JSONResponse(message, status_code=400)
     name = request.headers.get("x-request-id", str(state.requests))
     stream = _stream(state, body, name, arrived, fault, chat=chat)
     return StreamingResponse(stream, media_type="text/event-stream")
@@ -145,7 +154,7 @@ async def _stream(
     state: State, body: dict[str, Any], name: str, arrived: float, fault: str, *, chat: bool
 ) -> AsyncIterator[bytes]:
     behaviour, count = state.behaviour, int(body["max_tokens"])
-    prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+    prompt = _prompt(body)
     words = prompt.split()
     times: list[float] = [arrived]
     state.truth[name] = times
@@ -171,14 +180,24 @@ async def _stream(
             state.running.dec()
             state.use.dec(1 / POOL_REQUESTS)
     if fault != "no_usage":
-        usage = {"prompt_tokens": len(words), "completion_tokens": count}
+        usage = {"prompt_tokens": _count(body), "completion_tokens": count}
         choices = [{"text": "", "delta": {}}] if fault == "usage_with_choices" else []
         yield b"data: " + json.dumps({"choices": choices, "usage": usage}).encode() + b"\n\n"
-    state.prompt.inc(len(words))
+    state.prompt.inc(_count(body))
     state.output.inc(count)
     state.success.inc()
     if fault != "no_done":
         yield b"data: [DONE]\n\n"
+
+
+def _prompt(body: dict[str, Any]) -> str:
+    found: str = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return found
+
+
+def _count(body: dict[str, Any]) -> int:
+    """Words, and those of a chat template."""
+    return len(_prompt(body).split()) + (TEMPLATE_WORDS if "messages" in body else 0)
 
 
 def _stalled_until(state: State) -> float:
@@ -209,6 +228,7 @@ def main() -> None:
     parser.add_argument("--fault", choices=FAULTS, default="none")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--longest", type=int, default=0)
     for name in ("ttft", "itl", "stall", "stall_at"):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=float, default=getattr(Behaviour, name), dest=name)

@@ -19,7 +19,7 @@ _ARGUMENT = re.compile(r"\s*([a-z_]+)\s*=\s*(.*?)\s*", re.DOTALL)
 class Spec(BaseModel):
     """Something a user spells in one string. Lists are separated by ``|``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: ClassVar[str]
     spell_defaults: ClassVar[bool] = False
 

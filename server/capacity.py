@@ -55,6 +55,7 @@ class Capacity:
     Attributes:
         bytes_per_token: store bytes of a token in all layers.
         ring_bytes: bytes of a request's recent window in all layers.
+        request_bytes: bytes of a request of the given length, in whole pages.
         requests: requests of the given length that fit together, ring included.
         ratio: 16-bit bytes of such a request divided by its bytes under the policy.
 
@@ -62,6 +63,7 @@ class Capacity:
 
     bytes_per_token: float
     ring_bytes: int
+    request_bytes: int
     requests: int
     ratio: float
 
@@ -88,6 +90,22 @@ def capacity(
     return Capacity(
         bytes_per_token=page_bytes / page_tokens,
         ring_bytes=plan.ring_pages * page_bytes,
+        request_bytes=pages * page_bytes,
         requests=memory // page_bytes // pages,
         ratio=half / (pages * page_bytes),
     )
+
+
+FAR = 2**17  # tokens: whole pages, and more than a budget keeps
+
+
+def bytes_by_length(policy: Policy, shape: ModelShape) -> tuple[float, float]:
+    """Constant and slope of a long request's bytes as a function of its tokens, but for part pages.
+
+    Raises:
+        PolicyError: the policy cannot store this shape.
+
+    """
+    near, far = (capacity(policy, shape, 0, tokens).request_bytes for tokens in (FAR, 2 * FAR))
+    slope = (far - near) / FAR
+    return near - slope * FAR, slope

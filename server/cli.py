@@ -83,7 +83,7 @@ def policies(
     from cache_policies.pages.codecs import CODECS
     from cache_policies.parameters import parameters
     from cache_policies.policy import parse
-    from server.capacity import capacity
+    from server.capacity import bytes_by_length, capacity
 
     shape = _shape(model, dtype)
     size = _bytes(memory)
@@ -93,7 +93,7 @@ def policies(
         "parameters",
         "keeps",
         "loses",
-        "bytes/token",
+        "bytes of n tokens",
         "requests",
         "x 16 bit",
     ):
@@ -103,10 +103,11 @@ def policies(
         about = (name, shown, entry.cls.keeps, entry.cls.loses)
         try:
             result = capacity(parse(name), shape, size, tokens)
+            constant, slope = bytes_by_length(parse(name), shape)
         except PolicyError as error:
             table.add_row(*about, f"[dim]{error}[/dim]", "", "")
             continue
-        numbers = (f"{result.bytes_per_token:,.0f}", str(result.requests), f"{result.ratio:.2f}")
+        numbers = (f"{constant:,.0f} + {slope:,.0f} n", str(result.requests), f"{result.ratio:.2f}")
         table.add_row(*about, *numbers)
     console.print(table)
     console.print(

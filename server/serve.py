@@ -14,12 +14,13 @@ import torch
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import KERNELS, kernel_class
 from cache_policies.policy import parse
+from cache_policies.spelling import refuse_near
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
+from server.api.names import parse_aliases
 from server.api.plugin import MAX_BODY, engine_died
-from server.api.state import parse_aliases
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
-from server.startup import explain, refuse_machine, size_cache
+from server.startup import choose_threads, explain, misspelt, refuse_machine, size_cache
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
@@ -104,6 +105,7 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
     if args.dtype == "auto" and (dtype := default_dtype()):
         args.dtype = dtype
     extra: dict[str, Any] = dict(args.additional_config or {})
+    refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "--additional-config")
     for key, value in ((POLICY_KEY, args.cache_policy), (KERNEL_KEY, args.cache_kernel)):
         if value is None:
             continue
@@ -120,7 +122,8 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
     if args.policy_alias:
         if POLICY_KEY not in extra:
             raise PolicyError("--policy-alias needs --cache-policy")
-        parse_aliases(args.policy_alias, args.served_model_name or [args.model])
+        adapters = [adapter.name for adapter in args.lora_modules or ()]
+        parse_aliases(args.policy_alias, [*(args.served_model_name or [args.model]), *adapters])
     default = args.prompt_compression
     if default and default.method == "llmlingua-2" and not args.prompt_compressor:
         raise PolicyError("--prompt-compression by llmlingua-2 needs --prompt-compressor MODEL")
@@ -171,6 +174,7 @@ def run(argv: list[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     parser = make_parser()
@@ -178,6 +182,11 @@ def run(argv: list[str]) -> None:
     parser.set_defaults(gpu_memory_utilization=None)  # to see whether it is given
     args = parser.parse_args(argv)
     on_cpu = current_platform.is_cpu()
+    logger = init_logger("vllm.kvthrift.serve")
+    if on_cpu:
+        logger.info(choose_threads(len(os.sched_getaffinity(0))))
+    for text in misspelt(os.environ):
+        logger.warning(text)
     size_cache(args, utilization, on_cpu=on_cpu)
     try:
         args = configure(args)

@@ -10,19 +10,51 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cache_policies.errors import PolicyError
+from cache_policies.spelling import near
 from server.models import MODELS
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # What vLLM's queue between two processes asks for; containers have 64 MiB by default.
 SHARED_BYTES = 160 << 20
 USUAL_CACHE = 4 << 30  # bytes
+# Up to so many cores, all compute: one that is left to vLLM's scheduler, as by its default, is a
+# quarter of them or more (benchmarks/threads.py).
+FEW_CORES = 4
+BIND, RESERVED = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"
+OURS = "KVTHRIFT_CACHE"
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+
+
+def choose_threads(cores: int) -> str:
+    """Set vLLM's variables for threads where nobody did.
+
+    Args:
+        cores: that this process may use.
+
+    Returns:
+        What holds, for the log.
+
+    """
+    given = [f"{k}={os.environ[k]}" for k in (BIND, RESERVED) if k in os.environ]
+    if os.environ.get(BIND, "auto") != "auto" or RESERVED in os.environ:
+        return f"threads: {', '.join(given)}"
+    if cores > FEW_CORES:
+        return f"threads: one of {cores} cores is left to vLLM's scheduler; {RESERVED}=0 uses it"
+    os.environ[RESERVED] = "0"
+    return f"threads: all cores compute ({cores}); {RESERVED}=1 leaves one to vLLM's scheduler"
+
+
+def misspelt(environment: Iterable[str]) -> list[str]:
+    """What to say of variables whose names are almost ours; vLLM says it of its own."""
+    found = ((name, near(name.lower(), [OURS.lower()])) for name in environment)
+    return [f"{name} is not used; did you mean {OURS}?" for name, meant in found if meant]
 
 
 def memory_here() -> int:

@@ -97,12 +97,12 @@ def parse(text: str) -> Policy:
             combination; the message names what is allowed.
 
     """
-    return _parse(_string(text))
+    return _parse(_string(text, _allowed()))
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> Policy:
-    method, layout = _split(text)
+    method, layout = _split(text, _allowed())
     codecs = [term for term in layout if term[0] != EDGES]
     edges = [term for term in layout if term[0] == EDGES]
     if max(len(codecs), len(edges)) > 1:
@@ -132,56 +132,56 @@ def parse_method(text: str) -> Method:
         PolicyError: as ``parse``, and for a codec, which is the server's to choose.
 
     """
-    return _parse_method(_string(text))
+    return _parse_method(_string(text, _allowed_methods()))
 
 
 @lru_cache(maxsize=1024)
 def _parse_method(text: str) -> Method:
-    method, layout = _split(text)
+    method, layout = _split(text, _allowed_methods())
     if layout:
         what = "layers" if layout[0][0] == EDGES else f"the codec {layout[0][0]!r}"
         raise PolicyError(
             f"cache policy {text!r}: a request cannot choose {what}, which "
             "fixes the page layout of the whole server (kvthrift serve --cache-policy); "
-            f"allowed: {', '.join(_method_names())}"
+            f"{_allowed_methods()}"
         )
     return method
 
 
-def _string(text: object) -> str:
+def _string(text: object, allowed: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise PolicyError(f"cache_policy must be a non-empty string, not {text!r}; {_allowed()}")
+        raise PolicyError(f"cache_policy must be a non-empty string, not {text!r}; {allowed}")
     return text
 
 
-def _split(text: str) -> tuple[Method, list[tuple[str, str | None]]]:
+def _split(text: str, allowed: str) -> tuple[Method, list[tuple[str, str | None]]]:
     """The method of a policy string, and what decides its pages: names with their arguments."""
     layout: list[tuple[str, str | None]] = []
     methods: list[Method] = []
     for term in text.split("+"):
         match = _TERM.fullmatch(term)
         if not match:
-            raise PolicyError(f"cache policy {text!r} is not name(key=value,...); {_allowed()}")
+            raise PolicyError(f"cache policy {text!r} is not name(key=value,...); {allowed}")
         name, arguments = match[1], match[2]
         if name in CODECS or name == EDGES:
             layout.append((name, arguments))
         else:
-            methods.append(_method(text, name, arguments))
+            methods.append(_method(text, name, arguments, allowed))
     if len(methods) > 1:
         raise PolicyError(
-            f"cache policy {text!r}: {methods[0]} and {methods[1]} cannot be combined; one "
-            "retention or retrieval method and one codec can"
+            f"cache policy {text!r}: {methods[0]} and {methods[1]} cannot be combined; only one "
+            "retention or retrieval method can be given"
         )
     return methods[0] if methods else Method(), layout
 
 
-def _method(text: str, name: str, arguments: str | None) -> Method:
+def _method(text: str, name: str, arguments: str | None, allowed: str) -> Method:
     if name == KEEP_ALL and not arguments:
         return Method()
     retention, retrieval = retention_methods().get(name), RETRIEVAL.get(name)
     cls = retention or retrieval
     if cls is None:
-        raise PolicyError(f"unknown cache policy {name!r}; {_allowed()}")
+        raise PolicyError(f"unknown cache policy {name!r}; {allowed}")
     try:
         given = read_arguments(name, arguments, cls.settable())
         if retention is not None:
@@ -192,9 +192,14 @@ def _method(text: str, name: str, arguments: str | None) -> Method:
         raise PolicyError(f"cache policy {text!r}: {error}") from None
 
 
-def _method_names() -> list[str]:
+def method_names() -> list[str]:
+    """What a request may choose."""
     return [KEEP_ALL, *retention_methods(), *RETRIEVAL]
 
 
+def _allowed_methods() -> str:
+    return f"allowed: {', '.join(method_names())}"
+
+
 def _allowed() -> str:
-    return f"allowed: {', '.join(CODECS)}; and with '+': {', '.join([*_method_names(), EDGES])}"
+    return f"allowed: {', '.join(CODECS)}; and with '+': {', '.join([*method_names(), EDGES])}"

@@ -90,8 +90,8 @@ class QueryStatistics:
 
     def add(self, query: torch.Tensor, first: int) -> None:
         """Count ``query`` ``[n, num_heads, head_size]``, rotated, at positions ``first ..``."""
-        position = torch.arange(first, first + query.shape[0])
-        plain = self.rope.rotate(query.float().transpose(0, 1), -position)
+        position = torch.arange(first, first + query.shape[0], device=query.device)
+        plain = self.rope.undo(query.float().transpose(0, 1), position)
         self.count += query.shape[0]
         self.total = self.total + plain.sum(1)
         self.square = self.square + plain.transpose(1, 2) @ plain
@@ -226,15 +226,17 @@ class Retention(ABC):
         return torch.zeros_like(seen.position, dtype=torch.bool)
 
     def select(self, seen: Seen, keep: int) -> torch.Tensor:
-        """Mask ``[num_kv_heads, n]`` with exactly ``keep`` tokens of every head."""
+        """The ``keep`` tokens of every head that stay, ``[num_kv_heads, keep]`` int64 ascending."""
         stays = self.protected(seen)
         if not self.DECODE_CUTS:  # a resumed request may bring answer tokens in its prompt's chunk
             stays = stays | (seen.position >= seen.prompt)
-        left = keep - int(stays[0].sum())
-        if left > 0:
-            score = self.score(seen).masked_fill(stays, -torch.inf)
-            stays = stays.scatter(1, score.topk(left, dim=1).indices, True)
-        return stays
+        # Whatever a method returns is finite beside the protected tokens, so that they are first
+        # however many there are; only the device knows their number.
+        least, most = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+        score = (
+            self.score(seen).float().nan_to_num(least, most, least).masked_fill(stays, torch.inf)
+        )
+        return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
     @property
     def rotates(self) -> bool:

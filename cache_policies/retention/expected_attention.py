@@ -3,7 +3,9 @@
 Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from
 Future Queries Distribution", arXiv 2510.00636. The mean and covariance of the prompt's queries
 before rotary embedding are rotated to the average of the next ``future`` positions; a key's
-score is the expected exponential of its product with such a query, times the norm of its value.
+score is the expected exponential of its product with such a query, normalized over the keys and
+averaged over the query heads of a KV head, times the norm of its value. Sinks are no part of it:
+their keys would take the mass of the heads that look at them.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
-    import torch
-
     from cache_policies.retention.base import Seen
+
+MOST_FUTURE = 2**16  # a table of so many rotations is made at a cut
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,11 @@ class ExpectedAttention(Budgeted):
 
     def check(self) -> None:
         super().check()
-        if self.future < 1 or self.epsilon < 0:
-            raise PolicyError(f"future={self.future} is below 1 or epsilon={self.epsilon} below 0")
+        if not 1 <= self.future <= MOST_FUTURE or self.epsilon < 0:
+            raise PolicyError(
+                f"future={self.future} is not between 1 and {MOST_FUTURE} or "
+                f"epsilon={self.epsilon} below 0"
+            )
 
     def score(self, seen: Seen) -> torch.Tensor:
         assert seen.queries is not None
@@ -53,7 +60,9 @@ class ExpectedAttention(Budgeted):
         scale = seen.queries.scale
         linear = (keys @ mean[..., None]).squeeze(-1) * scale
         square = ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
-        expected = (linear + square).softmax(-1).unflatten(0, (-1, groups)).mean(1)
+        sinks = (seen.position < self.sinks).repeat_interleave(groups, 0)
+        logits = (linear + square).masked_fill(sinks, -torch.inf)
+        expected = logits.softmax(-1).unflatten(0, (-1, groups)).mean(1)
         return (expected + self.epsilon) * seen.values.norm(dim=-1)
 
     def _future_queries(self, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cache_policies.pages.plan import Plan, Span
+from cache_policies.step.mass import Room
 
 if TYPE_CHECKING:
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
-
-MASS_STEP = 256  # places by which the buffer of a layer's mass grows
+    from cache_policies.step.mass import MassBuffer
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class LayerState:
         position: ``[num_kv_heads, held]`` int32, positions in the text of the tokens held after
             the last cut; None before the first one, when they are 0, 1, 2, ...
         end: tokens computed at the last cut.
-        mass: ``[num_kv_heads, capacity]`` float32, attention counted per held token.
+        mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
         summary: of the pages between sinks and local window, for retrieval.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
@@ -101,25 +101,21 @@ class LayerState:
 
     position: torch.Tensor | None = None
     end: int = 0
-    mass: torch.Tensor | None = None
+    mass: Room | None = None
     queries: QueryStatistics | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
 
-    def positions(self, heads: int, after: int) -> torch.Tensor:
+    def positions(self, heads: int, after: int, device: torch.device | None = None) -> torch.Tensor:
         """Positions of everything held or fresh once ``after`` tokens are computed."""
-        new = torch.arange(self.end, after, dtype=torch.int32).expand(heads, -1)
+        new = torch.arange(self.end, after, dtype=torch.int32, device=device).expand(heads, -1)
         return new if self.position is None else torch.cat([self.position, new], 1)
 
-    def mass_for(self, heads: int, tokens: int) -> torch.Tensor:
-        """The mass buffer with at least ``tokens`` places, new ones zero."""
-        have = 0 if self.mass is None else self.mass.shape[1]
-        if tokens > have:
-            grown = torch.zeros(heads, -(-tokens // MASS_STEP) * MASS_STEP)
-            if self.mass is not None:
-                grown[:, :have] = self.mass
-            self.mass = grown
-        assert self.mass is not None
+    def mass_for(self, buffer: MassBuffer, tokens: int) -> Room:
+        """The request's room with at least ``tokens`` places, new ones zero."""
+        if self.mass is None:
+            self.mass = Room(buffer)
+        self.mass.hold(tokens)
         return self.mass
 
 

@@ -27,13 +27,15 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Batch, Shape
+from cache_policies.kernels.counts import Buffers
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
 from cache_policies.step.step import Step
-from cache_policies.vllm_plugin.config import Settings, model_rope, refuse_engine, settings
+from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
 from cache_policies.vllm_plugin.metrics import cache_seconds
+from cache_policies.vllm_plugin.rotary import rope_of, watch
 from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from cache_policies.pages.layout import PageLayout
+    from cache_policies.step.request import RequestState
 
 
 # vLLM shows only loggers below its own name.
@@ -111,6 +114,7 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = kv_cache_spec.plan
+        self.buffers = Buffers(device)
         self.rows = rows_of(vllm_config)
         self.rows.plan = self.plan
 
@@ -123,17 +127,34 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         assert common_prefix_len == 0
         count = common_attn_metadata.num_reqs
         start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
-        lengths = common_attn_metadata.seq_lens[:count].numpy()
+        # V2's ``seq_lens`` is the device's; this one is exact without speculative decoding.
+        exact = common_attn_metadata.seq_lens_cpu_upper_bound
+        lengths = (common_attn_metadata.seq_lens if exact is None else exact)[:count].numpy()
         computed = lengths - (start[1:] - start[:-1])
         table = common_attn_metadata.block_table_tensor[:count]
         fresh = common_attn_metadata.num_actual_tokens
-        states = self.rows.states(count)
+        states = self._states(common_attn_metadata, computed.tolist())
+        self.buffers.begin_step()
         if all(state is None for state in states):
-            return RingStoreMetadata(Batch.of(self.plan, start, computed, table), None, fresh)
+            batch = Batch.of(self.plan, start, computed, table, self.buffers)
+            return RingStoreMetadata(batch, None, fresh)
         for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
             if state is not None:
                 state.advance(before, after)
-        return RingStoreMetadata(None, Step(self.plan, start, computed, states, table), fresh)
+        step = Step(self.plan, start, computed, states, table, self.buffers)
+        return RingStoreMetadata(None, step, fresh)
+
+    def _states(
+        self, common: CommonAttentionMetadata, computed: list[int]
+    ) -> list[RequestState | None]:
+        if common.req_idx is None:  # the V1 runner
+            return [self.rows.state(row) for row in range(len(computed))]
+        states: list[RequestState | None] = [None] * len(computed)
+        for row, slot in enumerate(common.req_idx.tolist()):
+            # Dummy batches of V2 use the slots of real requests.
+            if computed[row] or common.is_prefilling[row]:
+                states[row] = self.rows.state(slot)
+        return states
 
 
 class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
@@ -196,7 +217,8 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.shape = Shape(num_heads, num_kv_heads, float(scale))
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
-        self._model_config = vllm_config.model_config
+        self._vllm_config = vllm_config
+        watch()
         self._modules = vllm_config.compilation_config.static_forward_context
         logger.info_once(
             "kvthrift: cache policy %s, attention kernel %s",
@@ -276,11 +298,11 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         layout = self._layouts(kv_cache.shape[2])[self._is_edge(index)]
         return Layer(
             index=index,
-            layers=self._model_config.get_total_num_hidden_layers(),
+            layers=self._vllm_config.model_config.get_total_num_hidden_layers(),
             layout=layout,
             kernel=self._kernel_class(layout, self.shape),
             pages=kv_cache.flatten(2),
-            rope=model_rope(self._model_config),
+            rope=rope_of(layer, self.head_size, self._vllm_config),
             scale=self.scale,
             clock=_clock,
         )

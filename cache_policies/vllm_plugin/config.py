@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import Method, Policy, parse, parse_method
-from cache_policies.retention.rope import Rope
+from cache_policies.retention.rope import refuse_rotary
+from cache_policies.spelling import refuse_near
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
-SCHEDULER = "cache_policies.vllm_plugin.scheduler.PolicyScheduler"
+PROMPT_KEY = "cache_prompt_tokens"  # set by the scheduler, where workers cannot count them
+SCHEDULERS = "cache_policies.vllm_plugin.scheduler"
+SCHEDULER, ASYNC_SCHEDULER = f"{SCHEDULERS}.PolicyScheduler", f"{SCHEDULERS}.PolicyAsyncScheduler"
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,15 @@ def settings(vllm_config: VllmConfig) -> Settings | None:
     """The plugin's settings; None where no policy is given, and vLLM stays as it is.
 
     Raises:
-        PolicyError: the policy or kernel is not valid.
+        PolicyError: the policy or kernel is not valid, or a key is almost one of ours.
 
     """
     extra = vllm_config.additional_config
-    if not isinstance(extra, dict) or POLICY_KEY not in extra:
-        if isinstance(extra, dict) and KERNEL_KEY in extra:
+    if not isinstance(extra, dict):
+        return None
+    refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "--additional-config")
+    if POLICY_KEY not in extra:
+        if KERNEL_KEY in extra:
             raise PolicyError(f"{KERNEL_KEY} is given without {POLICY_KEY}")
         return None
     return _settings(extra[POLICY_KEY], extra.get(KERNEL_KEY, "auto"))
@@ -72,16 +78,7 @@ def refuse_method(method: Method, model_config: Any) -> None:
     """
     retention = method.retention
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
-        Rope.of(model_config.hf_text_config, model_config.get_head_size())
-
-
-def model_rope(model_config: Any) -> Rope:
-    """The model's rotary embedding; one that turns nothing where ``refuse_method`` refuses."""
-    head_size = model_config.get_head_size()
-    try:
-        return Rope.of(model_config.hf_text_config, head_size)
-    except PolicyError:
-        return Rope(head_size, 0.0)
+        refuse_rotary(model_config.hf_text_config)
 
 
 def refuse_engine(vllm_config: VllmConfig) -> None:
@@ -109,9 +106,11 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             "tokens are stored (allowed: auto)",
         ),
         (
-            vllm_config.use_v2_model_runner,
-            "vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0",
+            vllm_config.use_v2_model_runner and parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism on vLLM's V2 model runner, whose first stages never learn a "
+            "request's method; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
+        (parallel.use_ubatching, "micro-batches; drop --enable-dbo and --ubatch-size"),
     )
     for present, feature in reasons:
         if present:
@@ -119,7 +118,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
 
 
 def _other_scheduler(chosen: Any) -> bool:
-    return chosen is not None and chosen != SCHEDULER
+    return chosen not in {None, SCHEDULER, ASYNC_SCHEDULER}
 
 
 def _context_parallel(parallel: Any) -> bool:

@@ -50,6 +50,11 @@ class KVCacheFacts:
         return asdict(self)
 
 
+def processed_tokens(request: Request) -> int:
+    """Tokens of a request that passed through the model, without those of a step under way."""
+    return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+
+
 def facts_of(managers: Sequence[RingStoreManager], request: Request, hit: int) -> KVCacheFacts:
     """Count what a request holds, before its pages are freed.
 
@@ -59,7 +64,7 @@ def facts_of(managers: Sequence[RingStoreManager], request: Request, hit: int) -
         hit: tokens found in the prefix cache.
 
     """
-    computed, first = request.num_computed_tokens, managers[0]
+    computed, first = processed_tokens(request), managers[0]
     pages = [m.owned_pages(request.request_id) for m in managers]
     used = sum(n * m.page_bytes for n, m in zip(pages, managers, strict=True))
     whole = computed * sum(m.half_bytes_per_token for m in managers)

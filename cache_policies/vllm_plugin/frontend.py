@@ -13,11 +13,14 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse_method
-from cache_policies.vllm_plugin.config import POLICY_KEY, refuse_method, settings
+from cache_policies.spelling import refuse_near
+from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY, refuse_method, settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+
+    from cache_policies.policy import Method
 
 _engines: list[VllmConfig] = []  # at most one: the last that this process serves
 
@@ -28,17 +31,30 @@ def note_engine(vllm_config: VllmConfig) -> None:
 
 
 def check_request(sampling_params: SamplingParams) -> None:
-    """Refuse a request's policy, see ``check_method``."""
-    asked = (sampling_params.extra_args or {}).get(POLICY_KEY)
-    if asked is not None:
-        check_method(asked)
+    """Refuse a request's policy, see ``check_keys`` and ``check_method``."""
+    extra = sampling_params.extra_args or {}
+    check_keys(extra)
+    if extra.get(POLICY_KEY) is not None:
+        check_method(extra[POLICY_KEY])
 
 
-def check_method(asked: Any) -> None:
-    """Refuse a policy of a request that is not valid, or that this engine cannot serve.
+def check_keys(extra: dict[str, Any]) -> None:
+    """Refuse keys of ``vllm_xargs`` that would be ignored although a policy was meant.
 
     Raises:
-        PolicyError: naming what is allowed.
+        PolicyError: naming the right key.
+
+    """
+    refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "vllm_xargs")
+    if KERNEL_KEY in extra:
+        raise PolicyError(f"{KERNEL_KEY} is the server's: kvthrift serve --cache-kernel")
+
+
+def check_method(asked: Any) -> Method:
+    """What a request chose.
+
+    Raises:
+        PolicyError: it is not valid, or this engine cannot serve it; naming what is allowed.
 
     """
     for vllm_config in _engines:
@@ -50,6 +66,7 @@ def check_method(asked: Any) -> None:
     method = parse_method(asked)
     for vllm_config in _engines:
         refuse_method(method, vllm_config.model_config)
+    return method
 
 
 class EngineNote(StatLoggerBase):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin import BACKEND_PATH
@@ -22,6 +23,7 @@ from cache_policies.vllm_plugin.config import (
 )
 from cache_policies.vllm_plugin.frontend import check_request, note_engine
 from cache_policies.vllm_plugin.rows import Rows, rows_of
+from cache_policies.vllm_plugin.seeds import keep_generators_of_incomplete_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,19 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
-    """Entry point ``vllm.logits_processors``."""
+class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
+    """Entry point ``vllm.logits_processors``, of both model runners.
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    V1 makes it with a device and whether memory is pinned, and tells it of rows of the batch; V2
+    with its table of requests, and tells it of slots in that.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *given: Any) -> None:
         self.rows: Rows | None = None
+        v2 = vllm_config.use_v2_model_runner
+        self.table = given[0] if v2 else None
+        if not v2:
+            keep_generators_of_incomplete_prompts()
         note_engine(vllm_config)
         asked = settings(vllm_config)
         if asked is None:
@@ -60,9 +70,22 @@ class PolicyGuard(LogitsProcessor):  # type: ignore[misc]
             self.rows.update(batch_update)
             return
         for _, params, *_rest in batch_update.added if batch_update else ():
-            if POLICY_KEY in (params.extra_args or {}):
-                # A server refuses this at admission; a script may come here.
-                raise PolicyError(f"{POLICY_KEY} of a request: the engine has no cache policy")
+            _refuse_without_policy(params)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        if self.rows is None:
+            _refuse_without_policy(sampling_params)
+        else:
+            assert self.table is not None
+            prompt = int(self.table.prompt_len.np[req_idx])
+            self.rows.take_slot(req_idx, sampling_params, prompt)
+        return False
+
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         return logits
+
+
+def _refuse_without_policy(params: SamplingParams) -> None:
+    """A server refuses this at admission; a script may come here."""
+    if POLICY_KEY in (params.extra_args or {}):
+        raise PolicyError(f"{POLICY_KEY} of a request: the engine has no cache policy")

@@ -164,6 +164,10 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         computed = request.num_computed_tokens
         published = self.num_cached_block.get(request.request_id, 0)
         full = self.plan.full_pages(computed if limit is None else min(computed, limit))
+        # Under asynchronous scheduling tokens are computed before they are known here, and
+        # without them there is no hash.
+        known = len(request.block_hashes) * self.block_pool.hash_block_size
+        full = min(full, known // self.block_size)
         if published >= full:
             return
         self.block_pool.cache_full_blocks(

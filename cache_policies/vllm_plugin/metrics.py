@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
 
+from cache_policies.vllm_plugin.facts import processed_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -94,9 +96,9 @@ class CacheMetrics:
         for request in running:
             name = method_name(manager.method(request))
             count[name] = count.get(name, 0) + 1
-            tokens = manager.span(request).held(request.num_computed_tokens)
-            held[name] = held.get(name, 0) + tokens
-            computed += request.num_computed_tokens
+            done = processed_tokens(request)
+            held[name] = held.get(name, 0) + manager.span(request).held(done)
+            computed += done
             owned += manager.owned_pages(request.request_id)
         # a label that was set once stays in the files of multiprocess mode
         self._seen |= held.keys()

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
-from cache_policies.vllm_plugin.config import method_of, settings
+from cache_policies.vllm_plugin.config import PROMPT_KEY, method_of, settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +51,7 @@ class Rows:
         for index, params, prompt, output in update.added:
             self._leave(index)
             back = self.away.pop(id(output), None)
-            self.row[index] = back or (output, None, (params, len(prompt or ())))
+            self.row[index] = back or (output, None, (params, _prompt_tokens(params, prompt)))
         for first, second, direction in update.moved:
             one, other = self.row.pop(first, None), self.row.pop(second, None)
             if one is not None:
@@ -63,11 +63,12 @@ class Rows:
             if sys.getrefcount(output) <= _ONLY_OURS:
                 del self.away[key]
 
-    def states(self, count: int) -> list[RequestState | None]:
-        """Per row of the batch the request's state; None for plain requests."""
-        return [self._state(index) for index in range(count)]
+    def take_slot(self, slot: int, params: Any, prompt: int) -> None:
+        """A request takes a slot of the V2 runner's table, anew after a preemption."""
+        self.row[slot] = [], None, (params, prompt)
 
-    def _state(self, index: int) -> RequestState | None:
+    def state(self, index: int) -> RequestState | None:
+        """State of the request in a row of the batch (V2: a slot); None for plain requests."""
         entry = self.row.get(index)
         if entry is None:  # a dummy batch: nothing was added
             return None
@@ -90,6 +91,12 @@ class Rows:
         entry = self.row.pop(index, None)
         if entry is not None:
             self.away[id(entry[0])] = entry
+
+
+def _prompt_tokens(params: Any, prompt: list[int] | None) -> int:
+    if prompt is not None:
+        return len(prompt)
+    return int((params.extra_args or {}).get(PROMPT_KEY, 0))  # 0: of a dummy batch
 
 
 _ROWS: dict[str, Rows] = {}

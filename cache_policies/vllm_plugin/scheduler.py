@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
-from cache_policies.vllm_plugin.config import refuse_method
+from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
 from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.metrics import cache_metrics
+from cache_policies.vllm_plugin.versions import end_with_error
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -30,7 +32,7 @@ logger = init_logger("vllm.kvthrift.scheduler")
 
 
 class PolicyScheduler(Scheduler):  # type: ignore[misc]
-    """vLLM's synchronous scheduler, the only one its CPU platform uses."""
+    """vLLM's scheduler, telling the block manager what requests chose."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,15 +51,27 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
 
     def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids is None and request.sampling_params is not None:
+            # V1's workers learn a prompt's length from its tokens, which embeddings have none of.
+            known = request.sampling_params.extra_args or {}
+            request.sampling_params.extra_args = {**known, PROMPT_KEY: request.num_prompt_tokens}
         super().add_request(request)
+        try:
+            self._refuse(request)
+        except PolicyError as error:
+            # Too late for an HTTP 400, which only a check without the model can give: the
+            # request ends with an error, by the way vLLM has for its own late refusals.
+            logger.error("request %s is refused: %s", request.request_id, error)
+            extra = dict(request.sampling_params.extra_args or {})
+            extra.pop(POLICY_KEY, None)  # until it ends, a plain one
+            request.sampling_params.extra_args = extra
+            end_with_error(self, request.request_id, str(error))
+
+    def _refuse(self, request: Request) -> None:
+        if self.policy_managers and request.resumable:
+            raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
-            try:
-                refuse_method(manager.method(request), self.vllm_config.model_config)
-            except PolicyError as error:
-                # Too late for an HTTP 400, which only a check without the model can give: the
-                # request ends with an error, by the way vLLM has for its own late refusals.
-                logger.error("request %s is refused: %s", request.request_id, error)
-                self.grammar_compile_error_reqs.add(request.request_id)
+            refuse_method(manager.method(request), self.vllm_config.model_config)
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Send along what the request held, by the way that KV connectors have to responses.
@@ -95,9 +109,11 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._metrics.step(manager, self.running)
         return super().make_stats(*args, **kwargs)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *limits: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Take no more of the prefix cache than the request's method allows."""
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limits)
         for manager in self.policy_managers:
             limit = readable_tokens(manager.method(request), manager.span(request))
             if limit is not None and hit > limit:
@@ -109,3 +125,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         if request.num_preemptions == 0:  # later hits may be the request's own pages
             self._hit_tokens[request.request_id] = hit
         return blocks, hit, boundary, diverged
+
+
+class PolicyAsyncScheduler(PolicyScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same where a step is scheduled before the tokens of the one before are known."""

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import Policy, parse
 from cache_policies.policy.layouts import is_edge, layouts
-from cache_policies.vllm_plugin.config import SCHEDULER
+from cache_policies.vllm_plugin.config import ASYNC_SCHEDULER, SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # vLLM asks this in the engine's process, before it makes the scheduler.
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
         # One page more: what a request keeps may begin on a page of its own.
         pages = self.plan.pages(vllm_config.model_config.max_model_len) + 1
         return int(pages * self.page_size_bytes)

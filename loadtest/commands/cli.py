@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import signal
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loadtest.commands.display import waiting
 from loadtest.commands.exporter import Exporter, exporter
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.given import read_api_key, read_extra, read_pattern
+from loadtest.commands.rows import ARGUMENTS, Ordered, by_model, options
+from loadtest.commands.run import console, finish, run_once, safe_names
 from loadtest.commands.search import search as search_rate
 from loadtest.commands.session import Settings
-from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
+from loadtest.hide import public_url
 from loadtest.measuring.goodput import Goals
 from loadtest.measuring.scrape import USUAL
 from loadtest.sending.arrivals import ARRIVALS, parse_arrivals
@@ -54,10 +58,13 @@ DEFAULT_ARRIVALS = ["closed(concurrency=4)"]
 def register(app: typer.Typer) -> None:
     """Add the commands to ``kvthrift``."""
     app.command()(loadtest)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        compare
-    )
+    app.command(
+        cls=Ordered,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        options_metavar="MODEL [OPTIONS] [--model MODEL [OPTIONS]]...",
+    )(compare)
     app.command()(report)
+    app.command()(canary)
 
 
 def loadtest(
@@ -77,6 +84,9 @@ def loadtest(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
     ] = None,
+    keep_thinking: Annotated[
+        bool, typer.Option(help="write down the text of a model's thinking too")
+    ] = False,
     tokenizer: Annotated[
         str, typer.Option(help="server, approximate, or a folder or hub name")
     ] = "server",
@@ -130,18 +140,19 @@ def loadtest(
         max_error_rate=max_error_rate,
         goals=Goals.parse(goodput) if goodput else None,
         metrics=tuple(metrics) if metrics else None,
-        metric_names=f"{USUAL}|{_pattern(metric_names)}" if metric_names else USUAL,
+        metric_names=f"{USUAL}|{read_pattern(metric_names)}" if metric_names else USUAL,
         interval=interval,
         pid=pid,
         resume=resume,
     )
-    extra = _extra(extra_body, cache_policy)
+    extra = read_extra(extra_body, cache_policy)
     if wait:
-        with console.status(f"waiting for {url}"):
-            wait_for_server(url, wait)
+        with waiting(console, f"waiting for {public_url(url)}") as note:
+            wait_for_server(url, wait, note)
     target = find_target(
-        url, model, endpoint=endpoint, api_key=_api_key(api_key_file), extra=extra, timeout=timeout
-    )
+        url, model, endpoint=endpoint, api_key=read_api_key(api_key_file), extra=extra,
+        timeout=timeout, keep_thinking=keep_thinking,
+    )  # fmt: skip
     _make_folder(out)
     with exporter(serve_metrics) as export:
         if search:
@@ -168,8 +179,8 @@ def _loads(
     done: list[Summary] = []
     folders: list[Path] = []
     status = 0
-    for load in loads:
-        folder = out if len(loads) == 1 else out / safe_name(str(load))
+    for load, name in zip(loads, safe_names([str(load) for load in loads]), strict=True):
+        folder = out if len(loads) == 1 else out / name
         folder.mkdir(parents=True, exist_ok=True)
         one = replace(settings, arrivals=load)
         summary, code = run_once(one, target, folder, warm_cache=warm_cache, export=export)
@@ -184,11 +195,17 @@ def _loads(
 
 def compare(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="model to serve, as for kvthrift serve")],
-    policy: Annotated[
+    # these three are read in their order, by by_model
+    model: Annotated[  # noqa: ARG001
+        list[str] | None,
+        typer.Option(help="a further model; --policy and --stock after it are its own"),
+    ] = None,
+    policy: Annotated[  # noqa: ARG001
         list[str] | None, typer.Option("--policy", "-p", help="cache policy; one row each")
     ] = None,
-    stock: Annotated[bool, typer.Option(help="add vLLM's own cache as the first row")] = False,
+    stock: Annotated[  # noqa: ARG001
+        bool, typer.Option(help="add vLLM's own cache as the first row")
+    ] = False,
     workload: WorkloadText = DEFAULT_WORKLOAD,
     arrivals: ArrivalsText = DEFAULT_ARRIVALS,
     seed: Seed = 0,
@@ -203,16 +220,20 @@ def compare(
     """Serve MODEL under each policy in turn, run the same workload on each, compare.
 
     Policies that differ only in their method share a server. Further options go to the server
-    (--max-model-len 4096 ...). Runs that are already whole in --out are kept.
+    (--max-model-len 4096 ...). Runs that are already whole in --out are kept. Several models get
+    the same text; one without a policy is served with vLLM's own cache.
     """
     from loadtest.commands.compare import Comparison, run_comparison
 
+    first = next(iter(context.args[:1]), "-")
+    named = None if first.startswith("-") else first
+    asked = by_model(named, context.meta[ARGUMENTS])
+    if not asked:
+        raise LoadTestError("which model? Name it first, as for kvthrift serve, or with --model")
     comparison = Comparison.of(
-        model=model,
-        policies=list(policy or ()),
-        stock=stock,
+        **options(asked),
         memory=memory,
-        flags=list(context.args),
+        flags=context.args[1:] if named else list(context.args),
         settings=Settings(
             workload=parse_workload(workload),
             arrivals=parse_arrivals(arrivals[0]),
@@ -242,37 +263,51 @@ def report(
     console.print(f"report: {write_report(runs, out, title)}", soft_wrap=True, highlight=False)
 
 
+def canary(
+    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server")],
+    model: Annotated[str | None, typer.Option(help="served model (default: the first)")] = None,
+    every: Annotated[float, typer.Option(min=1, help="seconds from round to round")] = 300.0,
+    rounds: Annotated[int, typer.Option(min=0, help="how many; 0: until stopped")] = 0,
+    lengths: Annotated[
+        str | None, typer.Option(help="tokens of the texts, e.g. 500|2000 (default: those, if fit)")
+    ] = None,
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="share of keys below which the exit status is 1")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="of the first round (default: the time)")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds a request may take")] = 120.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for a server that starts")
+    ] = 0.0,
+    serve_metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus finds kvthrift_canary_*")
+    ] = None,
+) -> None:
+    """Ask a server for hidden keys every few minutes, and watch its answers for loops."""
+    from loadtest.commands import canary as birds
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if wait:
+        wait_for_server(url, wait)
+    target = find_target(url, model, api_key=read_api_key(api_key_file), timeout=timeout)
+    sizes = birds.read_lengths(lengths, target)
+    with birds.gauges(target, every, serve_metrics) as shown:
+
+        def show(done: birds.Round) -> None:
+            shown.show(done)
+            console.print(done.line(), highlight=False, soft_wrap=True)
+
+        first = int(time.time()) if seed is None else seed
+        done = birds.watch(target, sizes, every=every, rounds=rounds, seed=first, show=show)
+    if any(r.failed or (r.found or 0.0) < at_least for r in done):
+        raise typer.Exit(SOME_FAILED)
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoadTestError(f"cannot write {folder}: {error.strerror}", CANNOT_WRITE) from None
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise LoadTestError(f"--metric-names {text!r}: {error}") from None
-    return text
-
-
-def _extra(text: str | None, policy: str | None) -> dict[str, Any]:
-    try:
-        extra = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise LoadTestError(f"--extra-body is not JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise LoadTestError("--extra-body is not a JSON object")
-    if policy:
-        extra["vllm_xargs"] = {**extra.get("vllm_xargs", {}), "cache_policy": policy}
-    return extra
-
-
-def _api_key(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get("OPENAI_API_KEY")
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise LoadTestError(f"--api-key-file {file}: {error.strerror}") from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +15,26 @@ from rich.markup import escape
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse
+from loadtest.commands.display import waiting
 from loadtest.commands.process import ServerError, running_server
-from loadtest.commands.run import console, finish, run_once, safe_name
+from loadtest.commands.rows import Asked
+from loadtest.commands.run import console, finish, run_once, safe_name, safe_names
 from loadtest.commands.session import Settings, complete
+from loadtest.commands.shared import PROMPTS, UnfitError, shared_items
 from loadtest.errors import SOME_FAILED, LoadTestError
 from loadtest.files import SUMMARY
+from loadtest.hide import public_arguments, read_key
 from loadtest.measuring.summary import Summary
 from loadtest.sending.client import find_target
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from loadtest.commands.process import Server
     from loadtest.sending.arrivals import Arrivals
+
+    Served = tuple[str, str | None]  # model and policy
 
 STOCK = "stock vLLM"
 PLAN = "comparison.json"
@@ -36,15 +46,19 @@ class Variant:
     """A row: a server's policy and what its requests ask for.
 
     Attributes:
-        label: the policy as a user writes it, or ``stock vLLM``.
+        policy: as a user writes it, or ``stock vLLM``.
         server: the server's policy, a codec; None: vLLM's own cache.
         method: what each request asks for; None on a server without policy.
+        model: to serve, where there are several.
+        name: of the model in the row's label, where there are several.
 
     """
 
-    label: str
+    policy: str
     server: str | None
     method: str | None
+    model: str | None = None
+    name: str = ""
 
     @classmethod
     def of(cls, text: str) -> Variant:
@@ -57,12 +71,41 @@ class Variant:
         policy = parse(text)
         return cls(str(policy), policy.codec_string, str(policy.method))
 
+    @property
+    def label(self) -> str:
+        """Name of the row."""
+        return f"{self.name}: {self.policy}" if self.name else self.policy
+
+
+def rows_of(asked: Asked, *, alone: bool) -> list[Variant]:
+    """Rows of a model; one among several without a policy is served as it is.
+
+    Raises:
+        LoadTestError: a bad policy, or nothing to do.
+
+    """
+    try:
+        rows = [Variant.of(text) for text in asked.policies]
+    except PolicyError as error:
+        raise LoadTestError(str(error)) from None
+    if asked.stock or not (rows or alone):
+        rows.insert(0, Variant(STOCK, None, None))
+    if not rows:
+        raise LoadTestError("nothing to compare: give --policy, or --stock")
+    return rows
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Last parts of the models' names, or the whole names where these are alike."""
+    last = {model: model.rstrip("/").rpartition("/")[2] for model in models}
+    return last if len(set(last.values())) == len(last) else {model: model for model in models}
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What is compared."""
 
-    model: str
+    models: tuple[str, ...]
     variants: tuple[Variant, ...]
     memory: int
     flags: tuple[str, ...]
@@ -82,57 +125,82 @@ class Comparison:
         settings: Settings,
         arrivals: list[Arrivals],
         timeout: float,
+        others: Sequence[Asked] = (),
     ) -> Comparison:
         """Check everything before a server is started.
 
+        ``policies`` and ``stock`` are the first model's; ``others`` have their own.
+
         Raises:
-            LoadTestError: nothing to compare, a bad policy or memory.
+            LoadTestError: nothing to compare, a model twice, a bad policy or memory.
 
         """
+        if any(flag.partition("=")[0] == "--api-key" for flag in flags):
+            raise LoadTestError(
+                "--api-key would show the key to everybody on this machine; set VLLM_API_KEY, or "
+                "nothing: the servers listen on loopback only"
+            )
         number, unit = memory[:-1], memory[-1:].upper()
         if unit not in UNITS or not number.isdigit():
             raise LoadTestError(f"--memory {memory!r}: a whole number followed by K, M or G")
-        try:
-            rows = [Variant.of(text) for text in policies]
-        except PolicyError as error:
-            raise LoadTestError(str(error)) from None
-        if stock:
-            rows.insert(0, Variant(STOCK, None, None))
-        if not rows:
-            raise LoadTestError("nothing to compare: give --policy, or --stock")
+        twice = [str(a) for a, n in Counter(map(str, arrivals)).items() if n > 1]
+        if twice:
+            raise LoadTestError(f"--arrivals {twice[0]} is given twice")
+        asked = [Asked(model, policies, stock), *others]
+        models = tuple(one.model for one in asked)
+        if len(set(models)) < len(models) or "" in models:
+            raise LoadTestError(f"--model: {', '.join(models)}: empty, or the same model twice")
+        names = short_names(models)
+        rows = [
+            row if not others else replace(row, model=one.model, name=names[one.model])
+            for one in asked
+            for row in rows_of(one, alone=not others)
+        ]
         variants = tuple(dict.fromkeys(rows))
         bytes_ = int(number) * UNITS[unit]
-        return cls(model, variants, bytes_, tuple(flags), settings, tuple(arrivals), timeout)
+        return cls(models, variants, bytes_, tuple(flags), settings, tuple(arrivals), timeout)
 
     @property
     def plan(self) -> dict[str, Any]:
         """What must be the same for runs to be comparable."""
         return {
-            "model": self.model,
+            "model": " | ".join(self.models),
             "memory_bytes": self.memory,
-            "flags": list(self.flags),
+            "flags": public_arguments(list(self.flags)),
             "workload": str(self.settings.workload),
             "seed": self.settings.seed,
             "goals": self.settings.goals.limits if self.settings.goals else None,
         }
 
-    def servers(self) -> dict[str | None, list[Variant]]:
-        """Rows by the server they need."""
-        grouped: dict[str | None, list[Variant]] = {}
+    def servers(self) -> dict[Served, list[Variant]]:
+        """Rows by the model and policy of the server they need."""
+        grouped: dict[Served, list[Variant]] = {}
         for variant in self.variants:
-            grouped.setdefault(variant.server, []).append(variant)
+            served = (variant.model or self.models[0], variant.server)
+            grouped.setdefault(served, []).append(variant)
         return grouped
+
+    def server_name(self, served: Served) -> str:
+        """What a server is called in messages, and its log."""
+        policy = served[1] or STOCK
+        if len(self.models) == 1:
+            return policy
+        return f"{short_names(self.models)[served[0]]}: {policy}"
 
     def folder(self, out: Path, variant: Variant, arrivals: Arrivals) -> Path:
         """Where a run is kept."""
-        name = safe_name(variant.label)
-        return out / (name if len(self.arrivals) == 1 else f"{name}@{safe_name(str(arrivals))}")
+        labels = [v.label for v in self.variants]
+        name = safe_names(labels)[self.variants.index(variant)]
+        loads = safe_names([str(a) for a in self.arrivals])
+        load = loads[self.arrivals.index(arrivals)]
+        return out / (name if len(self.arrivals) == 1 else f"{name}@{load}")
 
-    def arguments(self, policy: str | None) -> list[str]:
+    def arguments(self, served: Served) -> list[str]:
         """What follows ``kvthrift serve``."""
+        model, policy = served
         chosen = ["--cache-policy", policy] if policy else []
         memory = ["--kv-cache-memory-bytes", str(self.memory)]
-        return [self.model, *chosen, *memory, "--disable-uvicorn-access-log", *self.flags]
+        return [model, *chosen, *memory, "--disable-uvicorn-access-log", *self.flags]
 
 
 def run_comparison(comparison: Comparison, out: Path) -> int:
@@ -146,7 +214,7 @@ def run_comparison(comparison: Comparison, out: Path) -> int:
     # A terminated run must stop its server too: SystemExit unwinds the context managers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 0
-    for policy, variants in comparison.servers().items():
+    for served, variants in comparison.servers().items():
         work = [
             (variant, arrivals, comparison.folder(out, variant, arrivals))
             for arrivals in comparison.arrivals
@@ -159,9 +227,9 @@ def run_comparison(comparison: Comparison, out: Path) -> int:
         if not missing:
             continue
         try:
-            code = _serve(comparison, policy, missing, out)
-        except ServerError as error:
-            text = escape(f"{policy or STOCK}: {error}")
+            code = _serve(comparison, served, missing, out)
+        except (ServerError, UnfitError) as error:
+            text = escape(f"{comparison.server_name(served)}: {error}")
             console.print(f"[red]{text}[/red]", highlight=False, soft_wrap=True)
             code = SOME_FAILED
         status = status or code
@@ -192,41 +260,49 @@ def _check_plan(comparison: Comparison, out: Path) -> None:
 
 def _serve(
     comparison: Comparison,
-    policy: str | None,
+    served: Served,
     work: list[tuple[Variant, Arrivals, Path]],
     out: Path,
 ) -> int:
     """Start a server, do its runs, stop it."""
-    name = policy or STOCK
+    name = comparison.server_name(served)
     log = out / f"server-{safe_name(name)}.log"
     status = 0
-    with console.status(f"{name}: starting the server") as note:
-
-        def waiting(seconds: float) -> None:
-            note.update(f"{name}: starting the server, {seconds:.0f} s")
-
-        with running_server(comparison.arguments(policy), log, on_wait=waiting) as server:
-            note.stop()
-            for variant, arrivals, folder in work:
-                code = _run(comparison, variant, arrivals, folder, server)
-                status = status or code
-                if code > SOME_FAILED:
-                    return code
+    with ExitStack() as stack:
+        with waiting(console, f"{name}: starting the server") as note:
+            started = running_server(comparison.arguments(served), log, on_wait=note)
+            server = stack.enter_context(started)
+        for variant, arrivals, folder in work:
+            code = _run(comparison, variant, arrivals, folder, server, out)
+            status = status or code
+            if code > SOME_FAILED:
+                return code
     return status
 
 
 def _run(
-    comparison: Comparison, variant: Variant, arrivals: Arrivals, folder: Path, server: Server
+    comparison: Comparison,
+    variant: Variant,
+    arrivals: Arrivals,
+    folder: Path,
+    server: Server,
+    out: Path,
 ) -> int:
     method = {"vllm_xargs": {"cache_policy": variant.method}} if variant.method else {}
-    target = find_target(server.url, None, extra=method, timeout=comparison.timeout)
-    folder.mkdir(parents=True, exist_ok=True)
+    # the server takes its key from the environment too
+    key = read_key(os.environ.get("VLLM_API_KEY", ""), "VLLM_API_KEY")
+    target = find_target(server.url, None, extra=method, timeout=comparison.timeout, api_key=key)
     settings = replace(
         comparison.settings,
         arrivals=arrivals,
         label=variant.label,
-        policy=variant.label,
+        policy=variant.policy,
         pid=server.pid,
     )
-    _, status = run_once(settings, target, folder)
+    items = None
+    if len(comparison.models) > 1:
+        with waiting(console, f"{variant.label}: counting tokens"):
+            items = shared_items(out / PROMPTS, settings, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    _, status = run_once(settings, target, folder, items=items)
     return status

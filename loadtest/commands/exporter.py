@@ -10,6 +10,8 @@ from loadtest.errors import LoadTestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from prometheus_client import CollectorRegistry
+
     from loadtest.commands.session import Settings
     from loadtest.sending.runner import Progress
 
@@ -68,18 +70,30 @@ def exporter(where: str | None) -> Iterator[Exporter | None]:
     if where is None:
         yield None
         return
+    found = Exporter()
+    with served(where, found.registry):
+        yield found
+
+
+@contextmanager
+def served(where: str, registry: CollectorRegistry) -> Iterator[None]:
+    """Serve a registry on ``HOST:PORT``.
+
+    Raises:
+        LoadTestError: not an address, or it is taken.
+
+    """
     host, _, port = where.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise LoadTestError(f"--serve-metrics {where!r} is not HOST:PORT, e.g. 127.0.0.1:9101")
     from prometheus_client import start_http_server
 
-    found = Exporter()
     try:
-        server, thread = start_http_server(int(port), host, found.registry)
+        server, thread = start_http_server(int(port), host, registry)
     except OSError as error:
         raise LoadTestError(f"--serve-metrics {where}: {error.strerror}") from None
     try:
-        yield found
+        yield
     finally:
         server.shutdown()
         server.server_close()

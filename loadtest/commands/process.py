@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from loadtest.connect import connection
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -79,6 +81,8 @@ def running_server(
     command = [sys.executable, "-m", "server", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {**ENVIRONMENT, **os.environ}
+    if "VLLM_API_KEY" in environment:  # as the client reads it
+        environment["VLLM_API_KEY"] = environment["VLLM_API_KEY"].strip()
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -108,7 +112,8 @@ def _wait(
         waited = time.monotonic() - begin
         on_wait(waited)
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=2.0).status_code == httpx.codes.OK:
+            health = httpx.get(f"{url}/health", timeout=2.0, **connection(url))
+            if health.status_code == httpx.codes.OK:
                 return
         if process.poll() is not None or waited > timeout:
             why = "exited" if process.poll() is not None else f"did not answer in {timeout:.0f} s"

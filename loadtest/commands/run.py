@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 from dataclasses import replace
@@ -15,13 +16,16 @@ from loadtest.commands import display
 from loadtest.commands.session import build_items, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from loadtest.commands.exporter import Exporter
     from loadtest.commands.session import Settings
     from loadtest.measuring.summary import Summary
     from loadtest.sending.client import Target
+    from loadtest.workloads import Item
 
+LONGEST_NAME = 100
 console = Console()
 
 
@@ -32,11 +36,13 @@ def run_once(
     *,
     warm_cache: bool = False,
     export: Exporter | None = None,
+    items: Sequence[Item] | None = None,
 ) -> tuple[Summary, int]:
-    """Measure once, with a live line, into a folder."""
+    """Measure once, with a live line, into a folder; without items, of the workload's own."""
     salt = None if warm_cache else secrets.token_hex(8)
-    with console.status("making prompts"):
-        items = build_items(settings, target)
+    if items is None:
+        with display.waiting(console, f"{settings.label}: making prompts"):
+            items = build_items(settings, target)
     with display.live(console, settings.label) as watch:
         shown = export.beside(settings, watch) if export else watch
         try:
@@ -52,7 +58,8 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
     from loadtest.report import problems, read_runs, table, write_report
 
     setup = summaries[0].setup
-    console.print(table(summaries, f"{setup.model}, {setup.workload}"))
+    models = ", ".join(dict.fromkeys(s.setup.model for s in summaries))
+    console.print(table(summaries, f"{models}, {setup.workload}"))
     for summary in summaries:
         for problem in problems(summary):
             text = escape(f"{summary.setup.label}: {problem}")
@@ -63,4 +70,22 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
 
 def safe_name(text: str) -> str:
     """A folder name that says what a run was."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def safe_names(texts: Sequence[str]) -> list[str]:
+    """A folder name for each, no two alike: ``x``, ``x-2`` where a text comes again."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = first = safe_name(text)
+        number = 1
+        while name.casefold() in taken:  # some file systems know no case
+            number += 1
+            name = f"{first}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found

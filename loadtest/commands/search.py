@@ -45,11 +45,16 @@ def search(
             seed=settings.seed + len(trials),
             label=f"{settings.label} {rate:.3g}/s",
         )
-        folder = out / f"rate-{rate:.3g}"
+        folder = out / f"rate-{rate:.6g}"
         folder.mkdir(parents=True, exist_ok=True)
         summary, status = run(one, target, folder)
         if summary.stopped and status != TOO_MANY_ERRORS:
             raise LoadTestError(f"the search ended: {summary.stopped}", status)
+        if summary.goodput and summary.goodput.unknown == summary.requests.planned:
+            raise LoadTestError(
+                "--search: no request can be judged by the goals, since all tokens of an answer "
+                "come at the same time; leave tpot out of --goodput"
+            )
         trials.append((rate, summary))
         return summary.goodput.share if summary.goodput else 0.0
 
@@ -62,7 +67,7 @@ def search(
     }
     (out / "search.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     trials.sort(key=lambda trial: trial[0])
-    finish([out / f"rate-{r:.3g}" for r, _ in trials], out, [s for _, s in trials])
+    finish([out / f"rate-{r:.6g}" for r, _ in trials], out, [s for _, s in trials])
     if best is None:
         console.print(f"not even {match[1]} requests/s meets the goals")
         raise typer.Exit(1)

@@ -11,27 +11,31 @@ import random
 import shlex
 import sys
 import time
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
 from loadtest.commands.resume import begin
+from loadtest.connect import connection
 from loadtest.errors import CANNOT_WRITE, SOME_FAILED, LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
+from loadtest.hide import hide, public_arguments, public_url
 from loadtest.measuring.scrape import KV_USE, RUNNING, USUAL, Scraper, total, write_samples
+from loadtest.measuring.series import series
 from loadtest.measuring.server_side import check_counters
 from loadtest.measuring.summary import Setup, Summary, summarize
 from loadtest.quality import METRICS, score
 from loadtest.sending.arrivals import Schedule
 from loadtest.sending.client import Client, Target, new_record
 from loadtest.sending.records import OK, Record, RecordFile, write_records
-from loadtest.sending.runner import Runner
+from loadtest.sending.runner import Outcome, Progress, Runner
 from loadtest.workloads import Item, Workload, hash_items
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.fitting import check_fit
+from loadtest.workloads.text import Filler, sentences
 from loadtest.workloads.tokens import (
     ApproximateTokenizer,
     LocalTokenizer,
@@ -40,13 +44,12 @@ from loadtest.workloads.tokens import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from pathlib import Path
 
     from loadtest.measuring.goodput import Goals
     from loadtest.measuring.scrape import Sample
     from loadtest.sending.arrivals import Arrivals
-    from loadtest.sending.runner import Progress
 
 WARMUP_TOKENS = 256
 IDLE_SECONDS = 10.0  # longest wait for the server to become idle
@@ -78,19 +81,28 @@ class Settings:
 def choose_tokenizer(name: str, target: Target) -> Tokenizer:
     """``server``, ``approximate``, or a folder or hub name for transformers."""
     if name == "approximate":
-        return ApproximateTokenizer()
+        return ApproximateTokenizer(target.endpoint)
     if name != "server":
-        return LocalTokenizer(name)
-    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0)
-    return ServerTokenizer(http, target.model)
+        return LocalTokenizer(name, target.endpoint)
+    settings = connection(target.url)
+    http = httpx.Client(base_url=target.url, headers=target.headers, timeout=60.0, **settings)
+    return ServerTokenizer(http, target.model, target.endpoint, target.extra)
 
 
 def build_items(settings: Settings, target: Target) -> list[Item]:
-    """The workload's items, made with the tokenizer that was asked for."""
+    """The workload's items, made with the tokenizer that was asked for.
+
+    Raises:
+        LoadTestError: bad data, or a request that the server could only refuse.
+
+    """
     tokenizer = choose_tokenizer(settings.tokenizer, target)
     items = settings.workload.items(tokenizer, settings.seed, target.longest)
     if not items:
         raise LoadTestError(f"workload {settings.workload} has no requests")
+    answer = target.extra.get("max_completion_tokens") or target.extra.get("max_tokens")
+    if isinstance(answer, int):
+        check_fit(items, tokenizer, target.longest, answer)
     return items
 
 
@@ -107,12 +119,14 @@ async def measure(
         settings.arrivals, [i.at for i in items], settings.seed, settings.max_concurrency
     )
     setup = describe(settings, target, hash_items(items), schedule)
-    kept = begin(folder, setup, resume=settings.resume)
+    kept = begin(folder, setup, items, resume=settings.resume)
     # a resumed run goes on where the clock of the first part stopped
     offset = max((r.finished for r in kept), default=0.0)
-    left = [i for i in items if i.id not in {r.id for r in kept}]
+    answered = {r.id for r in kept}
+    left = [i for i in items if i.id not in answered]
     file = RecordFile(folder / REQUESTS)
-    await _warm_up(settings, target)
+    async with _shown(settings, Progress(len(items)), None):
+        await _warm_up(settings, target)
     client = Client(_salted(target, settings), time.monotonic())
     scraper = _scraper(settings, target, client)
     later = _later(schedule, items, left, offset)
@@ -187,7 +201,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
     return Setup(
         label=settings.label,
         model=target.model,
-        url=target.url,
+        url=public_url(target.url),
         policy=settings.policy,
         workload=str(settings.workload),
         workload_hash=workload_hash,
@@ -201,7 +215,7 @@ def describe(settings: Settings, target: Target, workload_hash: str, schedule: S
             :12
         ],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["kvthrift", *sys.argv[1:]]),
+        command=hide(shlex.join(["kvthrift", *public_arguments(sys.argv[1:])]), target.api_key),
         kvthrift=version("kvthrift"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     )
@@ -219,11 +233,10 @@ async def _warm_up(settings: Settings, target: Target) -> None:
     client = Client(target, time.monotonic())
     pool = sentences("essay", f"{settings.seed}-warmup")
     random.Random(settings.seed).shuffle(pool)
+    filler = Filler(pool, ApproximateTokenizer())
     try:
         for index in range(settings.warmup):
-            text = " ".join(
-                fill([f"Warm-up {index}.", *pool], WARMUP_TOKENS, ApproximateTokenizer())
-            )
+            text = " ".join([f"Warm-up {index}.", *filler.sentences(WARMUP_TOKENS)])
             item = Item(f"warmup-{index}", "warmup", "warmup", text, max_tokens=4)
             await client.send(item, new_record(item, 0.0))
     finally:
@@ -240,30 +253,42 @@ async def _idle(scraper: Scraper) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Any:
+async def _watched(runner: Runner, scraper: Scraper, settings: Settings) -> Outcome:
     """Run with scraping and display beside it."""
+    async with (
+        _beside(scraper.watch(settings.interval)),
+        _shown(settings, runner.progress, scraper),
+    ):
+        # the server's counters lag behind the last token
+        outcome = await runner.run(then=lambda: _idle(scraper))
+    settings.watch(runner.progress, None)
+    return outcome
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do something until the block ends."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def _shown(
+    settings: Settings, progress: Progress, scraper: Scraper | None
+) -> AbstractAsyncContextManager[None]:
+    """Show the progress twice a second until the block ends."""
 
     async def show() -> None:
         while True:
-            use = [s.value for s in scraper.samples[-64:] if s.name == KV_USE]
-            settings.watch(runner.progress, use[-1] if use else None)
+            use = series(scraper.latest, KV_USE) if scraper else []
+            settings.watch(progress, use[-1][1] if use else None)
             await asyncio.sleep(0.5)
 
-    beside = [
-        asyncio.create_task(scraper.watch(settings.interval)),
-        asyncio.create_task(show()),
-    ]
-    try:
-        # the server's counters lag behind the last token
-        outcome = await runner.run(then=lambda: _idle(scraper))
-    finally:
-        for task in beside:
-            task.cancel()
-        for task in beside:
-            with suppress(asyncio.CancelledError):
-                await task
-    settings.watch(runner.progress, None)
-    return outcome
+    return _beside(show())
 
 
 def complete(folder: Path, arrivals: str) -> bool:

@@ -56,8 +56,23 @@ def _resampled(groups: Sequence[Array]) -> Array:
     picks = np.random.default_rng(SEED).integers(len(groups), size=(RESAMPLES, len(groups)))
     if all(len(g) == 1 for g in groups):
         return _statistics(np.concatenate(groups)[picks])
-    drawn = (np.concatenate([groups[i] for i in pick]) for pick in picks)
-    return np.stack([_statistics(values) for values in drawn], axis=1)
+    # Values are sorted once; a drawing only changes how often each of them counts.
+    values = np.concatenate(groups)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    owner = np.repeat(np.arange(len(groups)), [len(g) for g in groups])[order]
+    drawn = (np.bincount(pick, minlength=len(groups)) for pick in picks)
+    return np.stack([_weighted(ordered, counts[owner]) for counts in drawn], axis=1)
+
+
+def _weighted(values: Array, counts: NDArray[np.int64]) -> Array:
+    """Statistics of sorted values, of which each counts so many times, as of them written out."""
+    up_to = np.cumsum(counts)
+    ranks = np.array(PERCENTILES) / 100 * (up_to[-1] - 1)
+    below = values[np.searchsorted(up_to, np.floor(ranks), side="right")]
+    above = values[np.searchsorted(up_to, np.ceil(ranks), side="right")]
+    between = below + (above - below) * (ranks - np.floor(ranks))
+    return np.concatenate(([values @ counts / up_to[-1]], between))
 
 
 def distribution(groups: Sequence[Sequence[float]]) -> Distribution | None:

@@ -41,12 +41,24 @@ class Goals:
             limits[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
         return cls(limits)
 
-    def met(self, record: Record) -> bool:
-        """Whether a request met every goal; a failed one did not."""
-        if record.status != "ok" or not record.events:
+    def met(self, record: Record) -> bool | None:
+        """Whether a request met every goal; a failed one did not. None: it cannot be told.
+
+        An answer of one token has no time per further token, and meets every goal for it.
+        """
+        if record.status != "ok":
             return False
-        took = {"ttft": record.scheduled_ttft, "tpot": record.tpot or 0.0, "e2e": record.e2e}
-        return all(took[name] <= limit for name, limit in self.limits.items())
+        single = record.output_tokens == 1
+        took = {
+            "ttft": record.scheduled_ttft,
+            "tpot": 0.0 if single else record.tpot,
+            "e2e": record.e2e,
+        }
+        known = [took[name] for name in self.limits]
+        limits = self.limits.values()
+        if any(t is not None and t > limit for t, limit in zip(known, limits, strict=True)):
+            return False
+        return None if None in known else True
 
 
 def highest_rate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import math
 import re
 import time
 from contextlib import suppress
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
+from loadtest.connect import connection
 from loadtest.errors import CANNOT_WRITE, LoadTestError
+from loadtest.hide import public_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +40,9 @@ USUAL = "|".join(
      PREFIX_QUERIES, PREFIX_HITS, CACHE_CONFIG, "kvthrift_.*")
 )  # fmt: skip
 
+COUNTED = ("total", "bucket", "count", "sum")
+_TYPE = re.compile(r"^# TYPE (\S+) (\w+)", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -46,6 +52,7 @@ class Sample:
         time: seconds since the start of the run.
         source: URL it was read from, or ``pid N``.
         name, labels, value: as the endpoint said.
+        grows: whether it counts up: a counter, or a part of a histogram or summary.
 
     """
 
@@ -54,6 +61,7 @@ class Sample:
     name: str
     labels: Mapping[str, str]
     value: float
+    grows: bool = False
 
 
 def parse_metrics(text: str, names: str, when: float, source: str) -> list[Sample]:
@@ -66,11 +74,23 @@ def parse_metrics(text: str, names: str, when: float, source: str) -> list[Sampl
     # to be seen in the token times of a client that shares the processor.
     wanted = re.compile(rf"({names})[ {{]")
     kept = "\n".join(line for line in text.splitlines() if wanted.match(line))
+    kinds = dict(_TYPE.findall(text))
     return [
-        Sample(when, source, s.name, s.labels, s.value)
+        Sample(when, source, s.name, s.labels, s.value, _grows(s.name, kinds))
         for family in text_string_to_metric_families(kept + "\n")
         for s in family.samples
+        if not math.isnan(s.value)
     ]
+
+
+def _grows(name: str, kinds: Mapping[str, str]) -> bool:
+    """Whether a sample counts up, by its metric's declared type, or by its name without one."""
+    family, _, suffix = name.rpartition("_")
+    kind = kinds.get(name) or (kinds.get(family) if suffix in COUNTED else None)
+    if kind is None:
+        return suffix in ("total", "bucket")
+    # a quantile of a summary is a level
+    return kind == "counter" or (kind in ("histogram", "summary") and suffix in COUNTED)
 
 
 def total(samples: list[Sample], name: str) -> float | None:
@@ -99,27 +119,29 @@ class Scraper:
         pid: int | None = None,
         headers: dict[str, dict[str, str]] | None = None,
     ) -> None:
-        self._urls = urls
         self._now = now
         self._names = names
         self._pid = pid
         self._headers = headers or {}
-        self._http = httpx.AsyncClient(timeout=5.0)
+        self._http = {url: httpx.AsyncClient(timeout=5.0, **connection(url)) for url in urls}
         self.samples: list[Sample] = []
+        self.latest: list[Sample] = []
         self.failed = 0
 
     async def once(self) -> list[Sample]:
         """Read everything once; what cannot be read is counted in ``failed``."""
         found: list[Sample] = []
-        for url in self._urls:
+        for url, http in self._http.items():
             try:
-                response = await self._http.get(url, headers=self._headers.get(url))
+                response = await http.get(url, headers=self._headers.get(url))
                 response.raise_for_status()
-                found += parse_metrics(response.text, self._names, self._now(), url)
+                when, source = self._now(), public_url(url)
+                found += parse_metrics(response.text, self._names, when, source)
             except (httpx.HTTPError, ValueError):
                 self.failed += 1
         found += self._process()
         self.samples += found
+        self.latest = found
         return found
 
     def _process(self) -> Iterator[Sample]:
@@ -131,15 +153,14 @@ class Scraper:
         except psutil.NoSuchProcess:
             self.failed += 1
             return
-        memory = cpu = 0.0
+        when, source = self._now(), f"pid {self._pid}"
         for process in tree:
             with suppress(psutil.NoSuchProcess), process.oneshot():
-                memory += process.memory_info().rss
+                # each for itself: the seconds of a process that ended must not be taken off
+                labels = {"pid": str(process.pid)}
+                yield Sample(when, source, RSS, labels, process.memory_info().rss)
                 times = process.cpu_times()
-                cpu += times.user + times.system
-        when, source = self._now(), f"pid {self._pid}"
-        yield Sample(when, source, RSS, {}, memory)
-        yield Sample(when, source, CPU, {}, cpu)
+                yield Sample(when, source, CPU, labels, times.user + times.system, grows=True)
 
     async def watch(self, interval: float) -> None:
         """Read every ``interval`` seconds until cancelled."""
@@ -150,14 +171,16 @@ class Scraper:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        for http in self._http.values():
+            await http.aclose()
 
 
-HEADER = ("time", "source", "name", "labels", "value")
+_BITS = {"0": False, "1": True}
+HEADER = ("time", "source", "name", "labels", "value", "grows")
 
 
 def write_samples(samples: list[Sample], path: Path) -> None:
-    """Write ``metrics.csv``: time, source, name, labels as JSON, value.
+    """Write ``metrics.csv``: time, source, name, labels as JSON, value, 1 if it counts up.
 
     Raises:
         LoadTestError: it cannot be written.
@@ -169,7 +192,8 @@ def write_samples(samples: list[Sample], path: Path) -> None:
             writer.writerow(HEADER)
             for s in samples:
                 labels = json.dumps(s.labels, sort_keys=True)
-                writer.writerow((f"{s.time:.4f}", s.source, s.name, labels, repr(s.value)))
+                row = (f"{s.time:.4f}", s.source, s.name, labels, repr(s.value), int(s.grows))
+                writer.writerow(row)
     except OSError as error:
         raise LoadTestError(f"cannot write {path}: {error.strerror}", CANNOT_WRITE) from None
 
@@ -184,13 +208,15 @@ def read_samples(path: Path) -> list[Sample]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return [_sample(row) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
-        raise LoadTestError(f"{path}: not written whole: {error}") from None
+        try:
+            return [_sample(row) for row in csv.DictReader(file)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise LoadTestError(f"{path}: not written whole: {error}") from None
 
 
 def _sample(row: dict[str, str]) -> Sample:
+    name = row["name"]
+    # files of an earlier version have no such column
+    grows = _BITS[row["grows"]] if "grows" in row else _grows(name, {}) or name == CPU
     labels = json.loads(row["labels"])
-    return Sample(float(row["time"]), row["source"], row["name"], labels, float(row["value"]))
+    return Sample(float(row["time"]), row["source"], name, labels, float(row["value"]), grows)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from loadtest.measuring.estimates import Distribution, Estimate, distribution, mean
+from loadtest.measuring.estimates import Distribution, distribution
+from loadtest.measuring.scores import Quality, quality
 from loadtest.measuring.server_side import Check, ServerSide, server_side
 from loadtest.sending.records import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from loadtest.measuring.goodput import Goals
     from loadtest.measuring.scrape import Sample
     from loadtest.sending.records import Record
-
-UNAVERAGED = "not averaged"
 
 
 class Setup(BaseModel):
@@ -55,7 +53,14 @@ class Setup(BaseModel):
 
 
 class Requests(BaseModel):
-    """How requests ended; latencies hold only those that are ``ok``."""
+    """How requests ended; latencies hold only those that are ``ok``.
+
+    Attributes:
+        prompt_tokens: mean of those that are ok; None where the server did not count all.
+        thought: of those that are ok, requests whose model thought before it answered.
+        thinking_tokens: of these; None where they are not counted apart.
+
+    """
 
     planned: int
     ok: int
@@ -64,13 +69,17 @@ class Requests(BaseModel):
     by_error: dict[str, int]
     by_finish_reason: dict[str, int]
     empty_answers: int
+    prompt_tokens: float | None = None
+    thought: int = 0
+    thinking_tokens: int | None = None
 
 
 class Latency(BaseModel):
     """Seconds.
 
     Attributes:
-        ttft: sending to first token; scheduled_ttft: due to first token.
+        ttft: sending to first token; scheduled_ttft: due to first token. Thinking is tokens too.
+        first_answer: sending to first token of the answer; None where no model thought.
         tpot: per token after the first; itl: between events with tokens; e2e: sending to the end.
         queueing: due to sending, on the client's side.
 
@@ -78,6 +87,7 @@ class Latency(BaseModel):
 
     ttft: Distribution | None
     scheduled_ttft: Distribution | None
+    first_answer: Distribution | None = None
     tpot: Distribution | None
     itl: Distribution | None
     e2e: Distribution | None
@@ -86,49 +96,24 @@ class Latency(BaseModel):
 
 
 class Throughput(BaseModel):
-    """Per second, over a stretch of the run; prompt tokens count when the first token comes."""
+    """Per second, over a stretch of the run; prompt tokens count when the first token comes.
+
+    ``prompt_tokens`` is None where the server did not count those of every request.
+    """
 
     seconds: float
     requests: float
-    prompt_tokens: float
+    prompt_tokens: float | None
     output_tokens: float
 
 
 class Goodput(BaseModel):
-    """Requests that met the goals."""
+    """Requests that met the goals; those that cannot be judged (``unknown``) are not among them."""
 
     goals: dict[str, float]
     share: float
     requests_per_second: float
-
-
-class Score(BaseModel):
-    """Mean score of a task or category, 0 to 1."""
-
-    name: str
-    category: str
-    requests: int
-    score: Estimate
-
-
-class HeatCell(BaseModel):
-    """Mean exact-key score of one length and depth."""
-
-    length: float
-    depth: float
-    score: float
-    requests: int
-
-
-class Quality(BaseModel):
-    """Scores of the answers; ``overall`` is the plain mean of the tasks."""
-
-    overall: float
-    overall_interval: tuple[float, float] | None
-    partial_key: Estimate | None
-    tasks: list[Score]
-    categories: dict[str, float]
-    heat: list[HeatCell]
+    unknown: int = 0
 
 
 class Summary(BaseModel):
@@ -178,11 +163,11 @@ def summarize(
         setup=setup,
         stopped=stopped,
         requests=_requests(records, planned),
-        latency=_latency([r for r in good if r.events]),
+        latency=_latency(good),
         throughput=whole,
         steady=_steady(good, records, setup.concurrency),
         goodput=_goodput(records, goals, whole),
-        quality=_quality(good),
+        quality=quality(good),
         server=server_side(samples, failed_scrapes),
         checks=checks or [],
     )
@@ -190,6 +175,9 @@ def summarize(
 
 def _requests(records: list[Record], planned: int) -> Requests:
     states = Counter(r.status for r in records)
+    thought = [r for r in records if r.status == OK and r.thought]
+    tokens = [r.thinking_tokens for r in thought]
+    read = [r.prompt_tokens for r in records if r.status == OK and r.prompt_tokens is not None]
     return Requests(
         planned=planned,
         ok=states[OK],
@@ -198,20 +186,29 @@ def _requests(records: list[Record], planned: int) -> Requests:
         by_error=dict(Counter(r.error_kind for r in records if r.error_kind)),
         by_finish_reason=dict(Counter(r.finish_reason for r in records if r.finish_reason)),
         empty_answers=sum(r.status == OK and not r.answer.strip() for r in records),
+        prompt_tokens=sum(read) / len(read) if read and len(read) == states[OK] else None,
+        thought=len(thought),
+        thinking_tokens=None if None in tokens or not thought else sum(t or 0 for t in tokens),
     )
 
 
 def _latency(good: list[Record]) -> Latency:
     events = sum(len(r.event_tokens) for r in good)
+    thought = any(r.thought for r in good)
     return Latency(
-        ttft=distribution([[r.ttft] for r in good]),
-        scheduled_ttft=distribution([[r.scheduled_ttft] for r in good]),
-        tpot=distribution([[t] for r in good if (t := r.tpot) is not None]),
+        ttft=_known(r.ttft for r in good),
+        scheduled_ttft=_known(r.scheduled_ttft for r in good),
+        first_answer=_known(r.first_answer for r in good) if thought else None,
+        tpot=_known(r.tpot for r in good),
         itl=distribution([r.itl for r in good]),
-        e2e=distribution([[r.e2e] for r in good]),
-        queueing=distribution([[r.sent - r.scheduled] for r in good]),
+        e2e=_known(r.e2e for r in good),
+        queueing=_known(r.sent - r.scheduled for r in good),
         tokens_per_event=sum(sum(r.event_tokens) for r in good) / events if events else None,
     )
+
+
+def _known(values: Iterable[float | None]) -> Distribution | None:
+    return distribution([[v] for v in values if v is not None])
 
 
 def _whole(good: list[Record], records: list[Record]) -> Throughput | None:
@@ -240,15 +237,17 @@ def _between(good: list[Record], begin: float, end: float) -> Throughput:
     done = 0
     for r in good:
         done += begin <= r.finished <= end
-        if r.events and begin <= r.events[0] <= end:
+        # of an answer that came whole only the end is known
+        times = r.events or [r.finished]
+        if begin <= times[0] <= end:
             prompt += r.prompt_tokens or 0
-        even = (r.output_tokens or 0) / max(1, len(r.events))
-        each: Sequence[float] = r.event_tokens or [even] * len(r.events)
-        output += sum(n for t, n in zip(r.events, each, strict=True) if begin <= t <= end)
+        even = (r.output_tokens or 0) / len(times)
+        each: Sequence[float] = r.event_tokens or [even] * len(times)
+        output += sum(n for t, n in zip(times, each, strict=True) if begin <= t <= end)
     return Throughput(
         seconds=seconds,
         requests=done / seconds,
-        prompt_tokens=prompt / seconds,
+        prompt_tokens=None if any(r.prompt_tokens is None for r in good) else prompt / seconds,
         output_tokens=output / seconds,
     )
 
@@ -258,59 +257,10 @@ def _goodput(
 ) -> Goodput | None:
     if goals is None or not records:
         return None
-    met = sum(goals.met(r) for r in records)
-    rate = met / whole.seconds if whole else 0.0
-    return Goodput(goals=goals.limits, share=met / len(records), requests_per_second=rate)
-
-
-def _quality(good: list[Record]) -> Quality | None:
-    by_task: dict[tuple[str, str], list[float]] = {}
-    for r in good:
-        if r.score is not None:
-            by_task.setdefault((r.category, r.task), []).append(r.score)
-    if not by_task:
-        return None
-    tasks = []
-    for (category, task), scores in sorted(by_task.items()):
-        found = mean(scores)
-        assert found is not None
-        tasks.append(Score(name=task, category=category, requests=len(scores), score=found))
-    counted = [t for t in tasks if UNAVERAGED not in t.category] or tasks
-    categories = {
-        name: float(np.mean([t.score.value for t in tasks if t.category == name]))
-        for name in dict.fromkeys(t.category for t in tasks)
-    }
-    return Quality(
-        overall=float(np.mean([t.score.value for t in counted])),
-        overall_interval=_interval([by_task[t.category, t.name] for t in counted]),
-        partial_key=mean([r.partial for r in good if r.partial is not None]),
-        tasks=tasks,
-        categories=categories,
-        heat=_heat(good),
+    verdicts = Counter(goals.met(r) for r in records)
+    return Goodput(
+        goals=goals.limits,
+        share=verdicts[True] / len(records),
+        requests_per_second=verdicts[True] / whole.seconds if whole else 0.0,
+        unknown=verdicts[None],
     )
-
-
-def _interval(tasks: list[list[float]], resamples: int = 500) -> tuple[float, float] | None:
-    """95 % interval of the mean of task means, rows resampled within their task."""
-    if max(len(t) for t in tasks) < 2:
-        return None
-    rng = np.random.default_rng(0)
-    arrays = [np.asarray(t) for t in tasks]
-    drawn = [
-        np.mean([a[rng.integers(len(a), size=len(a))].mean() for a in arrays])
-        for _ in range(resamples)
-    ]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def _heat(good: list[Record]) -> list[HeatCell]:
-    cells: dict[tuple[float, float], list[float]] = {}
-    for r in good:
-        if r.score is not None and {"length", "depth"} <= r.tags.keys():
-            place = (float(r.tags["length"]), float(r.tags["depth"]))
-            cells.setdefault(place, []).append(r.score)
-    return [
-        HeatCell(length=length, depth=depth, score=float(np.mean(s)), requests=len(s))
-        for (length, depth), s in sorted(cells.items())
-    ]

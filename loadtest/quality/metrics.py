@@ -1,52 +1,43 @@
 """Scores of one answer against its references, 0 to 1.
 
-Post-processing and definitions are LongBench's (arXiv 2308.14508); ROUGE-L is rouge-score's, edit
-similarity rapidfuzz's. The score of several references is the best of them.
+Post-processing and definitions are LongBench's (arXiv 2308.14508), with words of any script; edit
+similarity and the longest common subsequence are rapidfuzz's. The score of several references is
+the best of them.
 """
 
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from difflib import SequenceMatcher
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rapidfuzz import fuzz
+from rapidfuzz.distance import LCSseq
+
+from loadtest.quality.words import answer_words, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"\d+")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LINE_END = re.compile(r"\r\n?|\n")
 
 
-class _Words:
-    """Words of any script; rouge-score's own tokenizer knows only a to z and digits."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
-
-
-@lru_cache(maxsize=1)
-def _rouge() -> Any:
-    # imported late: it brings nltk and scipy, three seconds of start-up
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+def _lines(text: str) -> list[str]:
+    """Lines that are not blank: models often begin with some that are."""
+    return [line for line in _LINE_END.split(text) if line.strip()]
 
 
 def first_line(answer: str) -> str:
-    """The first line that is not empty: what LongBench scores of few-shot answers."""
-    return answer.lstrip("\n").split("\n")[0]
+    """The first line that is not blank: what LongBench scores of few-shot answers."""
+    return next(iter(_lines(answer)), "")
 
 
 def first_code_line(answer: str) -> str:
-    """The first line without backtick, ``#`` or ``//``: what LongBench scores of code."""
-    lines = answer.lstrip("\n").split("\n")
-    return next((x for x in lines if "`" not in x and "#" not in x and "//" not in x), "")
+    """The first line that is not blank and has no backtick, ``#`` or ``//`` (LongBench's)."""
+    found = (x for x in _lines(answer) if "`" not in x and "#" not in x and "//" not in x)
+    return next(found, "")
 
 
 def best(
@@ -61,30 +52,30 @@ def best(
     return metric
 
 
-def _plain_words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
 def f1(answer: str, reference: str) -> float:
     """F1 of the words both have, without case, punctuation and articles (SQuAD's)."""
-    ours, right = Counter(_plain_words(answer)), Counter(_plain_words(reference))
+    ours, right = Counter(answer_words(answer)), Counter(answer_words(reference))
     shared = (ours & right).total()
     return 2 * shared / (ours.total() + right.total()) if shared else 0.0
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words."""
-    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+    """F-measure of the longest common subsequence of words (Lin 2004, as in rouge-score)."""
+    ours, right = words(answer), words(reference)
+    shared = LCSseq.similarity(ours, right)
+    return 2 * shared / (len(ours) + len(right)) if shared else 0.0
 
 
 def class_accuracy(answer: str, references: Sequence[str], classes: Sequence[str]) -> float:
     """1 over the number of classes the answer names, if the right one is among them.
 
-    A class that is part of the right one's name does not count as named.
+    A class that is part of the right one's name does not count as named. The right one is a class
+    even where the list lacks it.
     """
 
     def one(reference: str) -> float:
-        named = [c for c in classes if c in text and not (c in reference and c != reference)]
+        known = dict.fromkeys((*classes, reference))
+        named = [c for c in known if c in text and not (c in reference and c != reference)]
         return 1 / len(named) if reference in named else 0.0
 
     text = first_line(answer)

@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str = "kvthrift load 
             if figure is None:
                 continue
             figure.savefig(folder / "plots" / f"{name}.png", dpi=130)
-            about = (plot.__doc__ or "").strip()
+            about = " ".join((plot.__doc__ or "").split())
             pictures.append(
                 {"name": name, "heading": heading, "about": about, "svg": _svg(figure, name)}
             )
@@ -69,6 +69,7 @@ def _page(runs: Sequence[Run], pictures: list[dict[str, str]], title: str) -> st
     return environment.from_string(source).render(
         title=title,
         summaries=summaries,
+        models=list(dict.fromkeys(s.setup.model for s in summaries)),
         pictures=pictures,
         colours=colours(runs),
         problems={i: found for i, s in enumerate(summaries) if (found := problems(s))},
@@ -83,7 +84,8 @@ COLUMNS = (
     "latency.scheduled_ttft.p99.value", "latency.tpot.p50.value", "latency.tpot.p99.value",
     "latency.itl.p50.value", "latency.itl.p99.value", "latency.e2e.p50.value",
     "throughput.output_tokens", "throughput.prompt_tokens", "throughput.requests",
-    "steady.output_tokens", "goodput.share", "goodput.requests_per_second",
+    "steady.output_tokens", "goodput.share", "goodput.requests_per_second", "setup.model",
+    "requests.prompt_tokens", "server.bytes_per_request", "latency.first_answer.p50.value",
 )  # fmt: skip
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-from pydantic import ValidationError
 
 from loadtest.errors import LoadTestError
 from loadtest.files import METRICS_CSV, REQUESTS, SUMMARY
 from loadtest.measuring.scrape import read_samples
 from loadtest.measuring.summary import Summary
-from loadtest.sending.records import read_records
+from loadtest.sending.records import iterate_records
+from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """A run folder.
+
+    Attributes:
+        summary: as written.
+        records: what pictures show of each request: no token times but the first, no text.
+        samples: as written.
+
+    """
 
     summary: Summary
     records: list[Record]
@@ -60,11 +66,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(folder: Path) -> Run:
     path = folder / SUMMARY
     try:
-        summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+        summary = Summary.model_validate(strict_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # of pydantic too
         raise LoadTestError(f"{path}: not a summary of this version: {error}") from None
-    records = read_records(folder / REQUESTS) if (folder / REQUESTS).exists() else []
+    path = folder / REQUESTS
+    records = [_slim(r) for r in iterate_records(path)] if path.exists() else []
     return Run(summary, records, read_samples(folder / METRICS_CSV))
+
+
+def _slim(record: Record) -> Record:
+    """Without what grows with the tokens: a report may be of many long runs."""
+    return replace(record, events=record.events[:1], event_tokens=[], answer="", thinking="")
 
 
 def one_per_label(runs: Sequence[Run]) -> list[Run]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from loadtest.measuring import scrape
-from loadtest.measuring.server_side import series
+from loadtest.measuring.series import series
 from loadtest.report.data import one_per_label
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
+MEMORY, FIT = "server.bytes_per_request", "server.requests_that_fit"
+MOST_SHAPES = 1000  # of one kind in a picture; more are drawn as points of an image
 
 
 def colours(runs: Sequence[Run]) -> dict[str, str]:
@@ -47,32 +50,57 @@ def _axes(
 
 
 def pareto(runs: Sequence[Run]) -> Figure | None:
-    """Quality against how many such requests fit at once: up and to the right is better."""
-    shown = [
-        (run, run.summary.quality, run.summary.server.requests_that_fit)
-        for run in one_per_label(runs)
-        if run.summary.quality and run.summary.server and run.summary.server.requests_that_fit
-    ]
+    """Quality against the cache memory of a request like these, measured.
+
+    Up and to the left is better; where a server does not tell its memory, the axis is how many such
+    requests fit at once, and to the right is better.
+    """
+    best = [run for run in one_per_label(runs) if run.summary.quality]
+    shown = [(run, x) for run in best if (x := run.summary.get(MEMORY))]
+    by_memory = bool(shown) and len(shown) == sum(bool(r.summary.get(FIT)) for r in best)
+    if not by_memory:
+        shown = [(run, x) for run in best if (x := run.summary.get(FIT))]
     if not shown:
         return None
     figure, (axis,) = _axes(7.5, 4.4)
     palette = colours(runs)
-    for index, (run, quality, fit) in enumerate(shown):
+    for index, (run, x) in enumerate(shown):
+        quality = run.summary.quality
         assert quality is not None
         low, high = quality.overall_interval or (quality.overall, quality.overall)
         span = [[100 * max(0.0, quality.overall - low)], [100 * max(0.0, high - quality.overall)]]
-        marker = MARKERS[index % len(MARKERS)]
         axis.errorbar(
-            [fit], [100 * quality.overall], yerr=span, fmt=marker, ms=10, capsize=4,
-            color=palette[run.label], label=run.label, elinewidth=1.2, mec="white",
+            [x / 2**20 if by_memory else x], [100 * quality.overall], yerr=span,
+            fmt=MARKERS[index % len(MARKERS)], ms=10, capsize=4, color=palette[run.label],
+            label=run.label, elinewidth=1.2, mec="white",
         )  # fmt: skip
-    axis.set_xlabel("requests like these that fit in the cache at once (measured)")
+    (_memory_axis if by_memory else _capacity_axis)(axis, [(run, x) for run, x in shown])
     axis.set_ylabel("quality, % (95% interval)")
     axis.set_ylim(-3, 106)
-    axis.set_xlim(left=0)
-    axis.set_title("What a smaller cache buys and costs: up and right is better")
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _memory_axis(axis: Axes, shown: Sequence[tuple[Run, float]]) -> None:
+    lengths = [n for run, _ in shown if (n := run.summary.requests.prompt_tokens)]
+    told = ""
+    if lengths:
+        low, high = f"{min(lengths):,.0f}", f"{max(lengths):,.0f}"
+        told = f"\n({low if low == high else f'{low} to {high}'} prompt tokens)"
+    axis.set_xlabel(f"cache memory of a request, MiB (measured){told}")
+    sizes = [x for _, x in shown]
+    if max(sizes) > 8 * min(sizes):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    else:
+        axis.set_xlim(left=0)
+    axis.set_title("What less memory costs: up and left is better")
+
+
+def _capacity_axis(axis: Axes, shown: Sequence[tuple[Run, float]]) -> None:
+    axis.set_xlabel("requests like these that fit in the cache at once (measured)")
+    axis.set_xlim(0, 1.1 * max(x for _, x in shown))
+    axis.set_title("What a smaller cache buys and costs: up and right is better")
 
 
 def load(runs: Sequence[Run]) -> Figure | None:
@@ -143,7 +171,6 @@ def timeline(runs: Sequence[Run]) -> Figure | None:
 
 def _requests(axis: Axes, run: Run) -> None:
     order = sorted(run.records, key=lambda r: r.scheduled)
-    rows = range(len(order))
     first = [r.events[0] if r.events else r.finished for r in order]
     spans = (
         (
@@ -156,14 +183,26 @@ def _requests(axis: Axes, run: Run) -> None:
         ("answered", first, [r.finished for r in order], "#0072B2"),
     )
     for label, begin, end, colour in spans:
-        width = [max(0.0, b - a) for a, b in zip(begin, end, strict=True)]
-        axis.barh(rows, width, left=begin, height=0.85, color=colour, label=label)
+        axis.add_collection(_bars(begin, end, facecolor=colour, label=label))
+    axis.set_ylim(-0.5, len(order) - 0.5)
     failed = [(r.finished, i) for i, r in enumerate(order) if r.status != "ok"]
     if failed:
         axis.plot(*zip(*failed, strict=True), "x", color="#D55E00", label="failed")
     axis.invert_yaxis()
     axis.set_ylabel("request")
     axis.set_title(run.label, loc="left", fontsize=10, fontweight="bold")
+
+
+def _bars(begin: Sequence[float], end: Sequence[float], **looks: Any) -> PolyCollection:
+    """A bar in each row, drawn as one object: thousands of rows are common."""
+    left, right = np.array(begin), np.maximum(begin, end)
+    rows = np.arange(len(left))
+    low, high = rows - 0.425, rows + 0.425
+    corners = np.stack([left, low, left, high, right, high, right, low], axis=1)
+    bars = PolyCollection(list(corners.reshape(-1, 4, 2)), linewidth=0, **looks)
+    bars.set_snap(False)  # rows of equal heights
+    bars.set_rasterized(len(rows) > MOST_SHAPES)
+    return bars
 
 
 def _memory(axis: Axes, run: Run) -> None:
@@ -244,7 +283,7 @@ def tasks(runs: Sequence[Run]) -> Figure | None:
 
 
 PLOTS: dict[str, tuple[str, Plot]] = {
-    "pareto": ("Quality against capacity", pareto),
+    "pareto": ("Quality against memory", pareto),
     "load": ("Throughput and latency against load", load),
     "tasks": ("Quality by task", tasks),
     "passkey": ("Keys found by length and depth", heat),

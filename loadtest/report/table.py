@@ -70,6 +70,22 @@ def problems(summary: Summary) -> list[str]:
         for check in summary.checks
         if check.agree is False
     ]
+    goodput = summary.goodput
+    if goodput and goodput.unknown:
+        found.append(
+            f"{goodput.unknown} requests cannot be judged by the goals, and count as not met: all "
+            "tokens of an answer came at the same time"
+        )
+    if requests.empty_answers and requests.thought:
+        found.append(
+            f"{requests.empty_answers} answers are empty; the model thinks, maybe for as many "
+            "tokens as the workload lets it write"
+        )
+    if summary.server and summary.server.restarts:
+        found.append(
+            f"the server began again {summary.server.restarts} times during the run: what it "
+            "counted between the last reading and its end is lost"
+        )
     if summary.server and summary.server.failed_scrapes:
         found.append(f"{summary.server.failed_scrapes} scrapes failed (gaps in the series)")
     if summary.server is None:

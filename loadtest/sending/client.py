@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import ssl
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import httpx
 
+from loadtest.connect import connection
 from loadtest.errors import NO_SERVER, LoadTestError
-from loadtest.sending.records import Record
+from loadtest.hide import hide, public_url
+from loadtest.sending.answer import Answer
+from loadtest.sending.records import OK, Record
+from loadtest.sending.sse import EventParser
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from loadtest.workloads import Item
 
+AFTER_END = 0.1  # seconds a stream is read on after its mark of the end, to keep the connection
 NOT_YET = (502, 503, 504)  # of a server that starts, or of a proxy before it
 ENDPOINTS = ("auto", "completions", "chat")
 
@@ -38,6 +43,7 @@ class Target:
         timeout: seconds a request may take.
         is_vllm: whether vLLM's extensions of the API may be used.
         longest: most tokens of prompt and answer; None: the server does not say.
+        keep_thinking: whether the text of a model's thinking is written down.
 
     """
 
@@ -49,6 +55,7 @@ class Target:
     timeout: float = 600.0
     is_vllm: bool = False
     longest: int | None = None
+    keep_thinking: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -85,56 +92,96 @@ def find_target(url: str, model: str | None, **settings: Any) -> Target:
 
     """
     target = Target(url.rstrip("/").removesuffix("/v1"), model or "", **settings)
-    try:
-        response = httpx.get(f"{target.url}/v1/models", headers=target.headers, timeout=10.0)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise LoadTestError(f"no server answers at {url}: {error}", NO_SERVER) from None
-    if response.status_code in (401, 403):
-        raise LoadTestError(
-            f"{url} answers {response.status_code}: it wants another API key "
-            "(OPENAI_API_KEY or --api-key-file)",
-            NO_SERVER,
-        )
-    try:
-        response.raise_for_status()
-        served = {str(m["id"]): m for m in response.json()["data"]}
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise LoadTestError(f"{url}/v1/models is not OpenAI's: {error}", NO_SERVER) from None
+    shown = public_url(url)
+    served = _served(target, shown)
     name = model or next(iter(served), "")
-    if name not in served:
-        raise LoadTestError(f"{url} does not serve {name!r}; it serves: {', '.join(served)}")
-    facts = served[name]
-    return Target(
-        target.url,
-        name,
+    facts = served.get(name) or _unlisted(target, name)
+    if facts is None:
+        raise LoadTestError(f"{shown} does not serve {name!r}; it serves: {', '.join(served)}")
+    return replace(
+        target,
+        model=name,
         is_vllm=facts.get("owned_by") == "vllm",
         longest=facts.get("max_model_len"),
-        **settings,
     )
 
 
-def wait_for_server(url: str, seconds: float) -> None:
+def _unlisted(target: Target, name: str) -> dict[str, Any] | None:
+    """The card of a model that no list holds, as NAME@METHOD; None: there is none.
+
+    Raises:
+        LoadTestError: the server says what is wrong with the name.
+
+    """
+    url = f"{target.url}/v1/models/{quote(name, safe='')}"
+    try:
+        response = httpx.get(url, headers=target.headers, timeout=10.0, **connection(url))
+        if response.status_code == 400:
+            raise LoadTestError(f"model {name!r}: {response.json()['error']['message']}")
+        card = response.json() if response.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return card if isinstance(card, dict) and card.get("id") == name else None
+
+
+def _served(target: Target, shown: str) -> dict[str, dict[str, Any]]:
+    """The server's models, by name."""
+    models = f"{target.url}/v1/models"
+    settings = connection(target.url)
+    try:
+        response = httpx.get(models, headers=target.headers, timeout=10.0, **settings)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        why = hide(public_url(str(error) or type(error).__name__), target.api_key)
+        via = f" through {public_url(str(settings['proxy'].url))}" if settings["proxy"] else ""
+        raise LoadTestError(f"no server answers at {shown}{via}: {why}", NO_SERVER) from None
+    if response.status_code in (401, 403):
+        raise LoadTestError(
+            f"{shown} answers {response.status_code}: it wants another API key "
+            "(OPENAI_API_KEY or --api-key-file)",
+            NO_SERVER,
+        )
+    if not response.is_success:
+        raise LoadTestError(f"{shown}/v1/models answers {response.status_code}", NO_SERVER)
+    try:
+        return {str(m["id"]): m for m in response.json()["data"]}
+    except (ValueError, KeyError, TypeError) as error:
+        why = hide(str(error), target.api_key)
+        raise LoadTestError(f"{shown}/v1/models is not OpenAI's: {why}", NO_SERVER) from None
+
+
+def wait_for_server(
+    url: str, seconds: float, on_wait: Callable[[float], None] = lambda _: None
+) -> None:
     """Wait until a server answers anything but "not yet", be it the right one or not.
+
+    Args:
+        url: of the server.
+        seconds: to wait at most.
+        on_wait: called with the seconds waited so far, about once a second.
 
     Raises:
         LoadTestError: it did not in time.
 
     """
     models = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
-    until = time.monotonic() + seconds
+    settings = connection(models)
+    shown = public_url(url)
+    begin = time.monotonic()
     why = ""
     while True:
         try:
-            status = httpx.get(models, timeout=5.0).status_code
+            status = httpx.get(models, timeout=5.0, **settings).status_code
             if status not in NOT_YET:
                 return
             why = f"it answers {status}"
         except httpx.InvalidURL as error:
-            raise LoadTestError(f"{url}: {error}", NO_SERVER) from None
+            raise LoadTestError(f"{shown}: {error}", NO_SERVER) from None
         except httpx.HTTPError as error:
-            why = str(error) or type(error).__name__
-        if time.monotonic() > until:
-            raise LoadTestError(f"no server at {url} after {seconds:g} s: {why}", NO_SERVER)
+            why = public_url(str(error)) or type(error).__name__
+        waited = time.monotonic() - begin
+        if waited > seconds:
+            raise LoadTestError(f"no server at {shown} after {seconds:g} s: {why}", NO_SERVER)
+        on_wait(waited)
         time.sleep(1.0)
 
 
@@ -154,7 +201,7 @@ class Client:
         # for each request: with 64 streams that took over a second, seen as time to first token.
         self._free: list[httpx.AsyncClient] = []
         self._all: list[httpx.AsyncClient] = []
-        self._tls = ssl.create_default_context()
+        self._connection = connection(target.url)
 
     def _borrow(self) -> httpx.AsyncClient:
         if self._free:
@@ -165,7 +212,7 @@ class Client:
             # compressed events would wait for each other
             headers={**target.headers, "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(target.timeout, connect=min(30.0, target.timeout)),
-            verify=self._tls,
+            **self._connection,
         )
         self._all.append(made)
         return made
@@ -191,16 +238,22 @@ class Client:
     async def send(self, item: Item, record: Record) -> None:
         """Send an item and complete its record. A failure is written there, never raised."""
         http = self._borrow()
+        answer = Answer(
+            record,
+            counts_events=self.target.is_vllm,
+            keep_thinking=self.target.keep_thinking,
+        )
+        response: httpx.Response | None = None
+        rest: AsyncIterator[bytes] | None = None
         try:
             # all that can be done before the clock starts
             request = self._request(http, item)
             record.sent = self.now()
             async with asyncio.timeout(self.target.timeout):
                 response = await http.send(request, stream=True)
-                try:
-                    await self._receive(response, record)
-                finally:
-                    await response.aclose()
+                parts = response.aiter_bytes()
+                await self._receive(response, parts, record, answer)
+                rest = parts
         except (httpx.TimeoutException, TimeoutError):
             record.fail("timeout", f"not whole after {self.target.timeout:g} s")
         except httpx.ConnectError as error:
@@ -212,7 +265,16 @@ class Client:
             record.fail("client", f"{type(error).__name__}: {error}")
         finally:
             record.finished = self.now()
+            answer.close()
+            self._keep_out(record)
+            await _leave(response, rest if record.status == OK else None)
             self._free.append(http)
+
+    def _keep_out(self, record: Record) -> None:
+        """Keep the key out of what is written down, wherever a server repeats it."""
+        for name in ("error", "answer", "thinking"):
+            if text := getattr(record, name):
+                setattr(record, name, hide(text, self.target.api_key))
 
     def _request(self, http: httpx.AsyncClient, item: Item) -> httpx.Request:
         route, body = self.target.body(item)
@@ -220,94 +282,62 @@ class Client:
         content = json.dumps(body).encode()
         return http.build_request("POST", route, content=content, headers=headers)
 
-    async def _receive(self, response: httpx.Response, record: Record) -> None:
-        if response.is_success:
-            await self._read(response, record)
-            return
-        text = (await response.aread())[:500].decode(errors="replace")
-        record.fail(f"http_{response.status_code}", text.strip() or "no body")
+    async def _receive(
+        self, response: httpx.Response, parts: AsyncIterator[bytes], record: Record, answer: Answer
+    ) -> None:
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not response.is_success:
+            text = b"".join([part async for part in parts])[:500].decode(errors="replace")
+            record.fail(f"http_{response.status_code}", text.strip() or "no body")
+        elif kind == "application/json":
+            answer.whole(b"".join([part async for part in parts]))
+            self._check_usage(record)
+        else:
+            await self._read(parts, record, answer)
 
-    async def _read(self, response: httpx.Response, record: Record) -> None:
-        done = False
-        async for when, data in _events(response, self.now):
-            if data == "[DONE]":
-                done = True
-                continue
-            try:
-                event = json.loads(data)
-                _read_event(event, when, record, counts_events=self.target.is_vllm)
-            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-                    RecursionError) as error:  # fmt: skip
-                record.fail("invalid_sse", f"{type(error).__name__}: {error} in {data[:200]!r}")
-            if record.error_kind:
-                return
-        if not done:
-            record.fail("stream_cut", "the stream ended without [DONE]")
-        elif record.output_tokens is None:
-            record.fail("no_usage", "the stream has no usage field: tokens cannot be counted")
-        if len(record.event_tokens) != len(record.events):
-            record.event_tokens.clear()
+    async def _read(self, parts: AsyncIterator[bytes], record: Record, answer: Answer) -> None:
+        """Read a stream to its mark of the end: what its server does afterwards is not awaited."""
+        parser = EventParser()
+        ended = False
+        while not ended:
+            part = await anext(parts, None)
+            when = self.now()  # all events of one read arrived together
+            for event in parser.end() if part is None else parser.feed(part):
+                if event.is_end:
+                    self._check_usage(record)
+                    return
+                answer.take(event, when)
+                if record.error_kind:
+                    return
+            ended = part is None
+        record.fail("stream_cut", "the stream ended without [DONE]")
+
+    @staticmethod
+    def _check_usage(record: Record) -> None:
+        if record.status == OK and (
+            record.output_tokens is None or (record.events and not record.output_tokens)
+        ):
+            record.fail("no_usage", "the answer has no usage field: tokens cannot be counted")
+
+
+async def _leave(response: httpx.Response | None, rest: AsyncIterator[bytes] | None) -> None:
+    """Close an answer. One read to its end leaves its connection to the next request."""
+    if response is None:
+        return
+    with suppress(httpx.HTTPError, TimeoutError):
+        async with asyncio.timeout(AFTER_END):
+            while rest is not None and await anext(rest, None) is not None:
+                pass
+    await response.aclose()
 
 
 def new_record(item: Item, scheduled: float) -> Record:
     """A record of an item that was not sent yet."""
-    text = item.prompt.encode(errors="surrogatepass")
-    digest = hashlib.sha256(text).hexdigest()[:12]
+    digest = hash_prompt(item)
     return Record(item.id, item.task, item.category, digest, dict(item.tags), scheduled=scheduled)
 
 
-async def _events(
-    response: httpx.Response, now: Callable[[], float]
-) -> AsyncIterator[tuple[float, str]]:
-    """Yield time of arrival and data of every server-sent event.
-
-    All events of one read arrived together and share its time.
-    """
-    rest = b""
-    async for part in response.aiter_raw():
-        when = now()
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield when, line[5:].strip().decode(errors="replace")
-    if rest.startswith(b"data:"):
-        yield now(), rest[5:].strip().decode(errors="replace")
-
-
-def _read_event(event: dict[str, Any], when: float, record: Record, *, counts_events: bool) -> None:
-    """Put what an event says into the record.
-
-    Args:
-        event: parsed data of the event.
-        when: it arrived.
-        record: to complete.
-        counts_events: whether the server counts tokens in every event; others may put their only
-            usage into an event with choices.
-
-    """
-    if error := event.get("error"):
-        record.fail("server_error", str(error)[:500])
-        return
-    brought = False
-    choices = event.get("choices") or ()
-    for choice in choices:
-        delta = choice.get("delta") or {}
-        text = choice.get("text") or delta.get("content") or delta.get("reasoning_content")
-        if text:
-            record.answer += text
-        brought = brought or bool(text or delta.get("tool_calls"))
-        record.finish_reason = choice.get("finish_reason") or record.finish_reason
-    usage = event.get("usage")
-    if usage and usage.get("completion_tokens") is not None:
-        new = int(usage["completion_tokens"]) - (record.output_tokens or 0)
-        # vLLM counts in every event; a token may bring no text yet (half a character)
-        brought = brought or (counts_events and new > 0 and bool(choices))
-        record.usage = usage
-        record.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        record.output_tokens = int(usage["completion_tokens"])
-        details = usage.get("prompt_tokens_details") or {}
-        record.cached_tokens = details.get("cached_tokens")
-        if counts_events and choices and brought:
-            record.event_tokens.append(new)
-    if brought:
-        record.events.append(when)
+def hash_prompt(item: Item) -> str:
+    """Twelve hexadecimal digits that name its prompt."""
+    text = item.prompt.encode(errors="surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:12]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads.jsonl import read_jsonl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 OK = "ok"
@@ -31,14 +31,17 @@ class Record:
         events: times at which the stream brought tokens.
         event_tokens: tokens of each event, where the server says so (vLLM does).
         finished: when the stream ended.
-        prompt_tokens, output_tokens: the server's counts.
+        prompt_tokens, output_tokens: the server's counts; None: it gave none.
         cached_tokens: prompt tokens from the prefix cache, where the server says so.
         usage: the server's whole usage field.
         status: ``ok``, ``error`` or ``cancelled``.
         error_kind: e.g. ``http_429``, ``connect``, ``timeout``, ``stream_cut``, ``invalid_sse``.
         error: the message.
         finish_reason: the server's.
-        answer: what was generated.
+        thinking_at, answer_at: times of the first event that brought thinking, and answer.
+        thinking_tokens: those of ``output_tokens`` that are thinking, where they can be told apart.
+        thinking: its text, if it is kept.
+        answer: what was generated, without the thinking.
         score: by the item's metric.
         partial: partial key score, for passkeys.
 
@@ -62,34 +65,63 @@ class Record:
     error_kind: str | None = None
     error: str | None = None
     finish_reason: str | None = None
+    thinking_at: float | None = None
+    answer_at: float | None = None
+    thinking_tokens: int | None = None
+    thinking: str = ""
     answer: str = ""
     score: float | None = None
     partial: float | None = None
 
     @property
-    def ttft(self) -> float:
-        """Seconds from sending to the first token."""
-        return self.events[0] - self.sent
+    def ttft(self) -> float | None:
+        """Seconds from sending to the first token, be it thinking; None: not known."""
+        return self.events[0] - self.sent if self.events else None
 
     @property
-    def scheduled_ttft(self) -> float:
+    def scheduled_ttft(self) -> float | None:
         """Seconds from when it was due to the first token: waiting on the client's side counts."""
-        return self.events[0] - self.scheduled
+        return self.events[0] - self.scheduled if self.events else None
+
+    @property
+    def first_answer(self) -> float | None:
+        """Seconds from sending to the first token of the answer: thinking counts as waiting."""
+        return None if self.answer_at is None else self.answer_at - self.sent
+
+    @property
+    def thought(self) -> bool:
+        """Whether the model is known to have thought."""
+        return self.thinking_at is not None or bool(self.thinking_tokens)
 
     @property
     def e2e(self) -> float:
-        """Seconds from sending to the last token."""
-        return self.events[-1] - self.sent
+        """Seconds from sending to the last token, or to the end where no token's time is known."""
+        return (self.events[-1] if self.events else self.finished) - self.sent
 
     @property
     def tpot(self) -> float | None:
-        """Mean seconds per output token after the first; None with fewer than two tokens."""
-        later = (self.output_tokens or 0) - (self.event_tokens[0] if self.event_tokens else 1)
-        return (self.events[-1] - self.events[0]) / later if later > 0 else None
+        """Mean seconds per output token after the first.
+
+        None with fewer than two tokens, and where all came at the same time: then it is not known.
+        """
+        seconds = self.events[-1] - self.events[0] if self.events else 0.0
+        later = self._shown_tokens - (self.event_tokens[0] if self.event_tokens else 1)
+        return seconds / later if later > 0 and seconds > 0 else None
+
+    @property
+    def _shown_tokens(self) -> int:
+        """Output tokens that events brought: thinking that a server counts but hides came in none.
+
+        Where each event has its count, the first one that came has the hidden ones in it.
+        """
+        hidden = 0 if self.thinking_at is not None or self.event_tokens else self.thinking_tokens
+        return (self.output_tokens or 0) - (hidden or 0)
 
     @property
     def itl(self) -> list[float]:
-        """Seconds between events that brought tokens."""
+        """Seconds between events that brought tokens; none where all came at the same time."""
+        if self.events and self.events[-1] == self.events[0]:
+            return []
         return [b - a for a, b in pairwise(self.events)]
 
     def fail(self, kind: str, message: str) -> None:
@@ -130,7 +162,7 @@ class RecordFile:
 
 def _line(record: Record) -> str:
     # ASCII: an answer may hold half a character, which no encoding takes
-    return json.dumps(asdict(record)) + "\n"
+    return json.dumps(vars(record)) + "\n"
 
 
 def _broken(path: Path, error: OSError) -> LoadTestError:
@@ -161,15 +193,20 @@ def read_records(path: Path) -> list[Record]:
         LoadTestError: another line is broken; names file and line.
 
     """
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[Record]:
+    """The same one by one, for who keeps only parts of them."""
     known = {f.name for f in fields(Record)}
     complete = path.read_bytes().count(b"\n")
-    found = []
+    found = 0
     try:
         for number, row in read_jsonl(path):
             if not set(row) <= known or not {"id", "task", "category", "prompt_hash"} <= set(row):
                 raise LoadTestError(f"{path}:{number}: not a record of this version")
-            found.append(Record(**row))
+            yield Record(**row)
+            found += 1
     except LoadTestError:
-        if len(found) < complete:
+        if found < complete:
             raise
-    return found

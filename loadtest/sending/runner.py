@@ -174,7 +174,7 @@ class Runner:
         progress.done += 1
         progress.errors += record.status == ERROR
         progress.tokens += record.output_tokens or 0
-        if record.events:
+        if record.ttft is not None:
             progress.ttfts.append(record.ttft)
         if progress.done >= FEWEST and progress.errors > self._max_error_rate * progress.done:
             self.stop(

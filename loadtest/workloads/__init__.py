@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from loadtest.spec import parse_spec
-from loadtest.workloads.base import Item, Workload, hash_items
+from loadtest.workloads.base import Workload
 from loadtest.workloads.code import Code
+from loadtest.workloads.item import Item, hash_items
 from loadtest.workloads.longbench import LongBench
 from loadtest.workloads.passkey import Passkey
 from loadtest.workloads.ruler import Ruler

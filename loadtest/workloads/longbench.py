@@ -8,14 +8,17 @@ code tasks get no chat template.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from loadtest.errors import LoadTestError
-from loadtest.workloads.base import Item, Workload
+from loadtest.workloads.base import Workload
+from loadtest.workloads.fitting import excess
+from loadtest.workloads.item import Item
 from loadtest.workloads.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -25,7 +28,21 @@ if TYPE_CHECKING:
 
 HUB = "hf://datasets/zai-org/LongBench/data.zip"
 UNLIMITED = 2**31
-ROOM = 96  # tokens kept free for the chat template and special tokens
+SAMPLE = "What is it?"  # to see what a chat template adds
+
+# of trec, as the benchmark spells them
+_TYPES = (
+    "Abbreviation; Animal; City; Color; Country; Currency name; Date; Definition of something; "
+    "Description of a person; Description of something; Disease and medicine; Distance, linear "
+    "measure; Element and substance; Equivalent term; Event; Expression abbreviated; Food; "
+    "Group or organization of person; Individual; Invention, book and other creative piece; "
+    "Language; Lasting time of somethin; Letter like a-z; Manner of an action; Mountain; "
+    "Musical instrument; Number of something; Order, rank; Organ of body; Other entity; Other "
+    "location; Other number; Percent, fraction; Plant; Postcode or other code; Price; Product; "
+    "Reason; Religion; Size, area and volume; Speed; Sport; State; Symbols and sign; Techniques"
+    " and method; Temperature; Title of a person; Vehicle; Weight; Word with a special property"
+)
+QUESTION_TYPES = tuple(_TYPES.split("; "))
 
 _SHORT = "as concisely as you can, using a single phrase"
 _NO_WHY = "Do not provide any explanation."
@@ -53,6 +70,7 @@ class DataSet:
         metric: name in ``quality.METRICS``.
         prompt: template with ``{context}`` and perhaps ``{input}``.
         chat: whether the model's chat template goes around it.
+        classes: of a classification, where a row does not list them.
 
     """
 
@@ -61,6 +79,7 @@ class DataSet:
     metric: str
     prompt: str
     chat: bool = True
+    classes: tuple[str, ...] = ()
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -108,6 +127,7 @@ DATA_SETS: dict[str, DataSet] = {
         "Please determine the type of the question below. Here are some examples of questions."
         "\n\n{context}\n{input}",
         chat=False,
+        classes=QUESTION_TYPES,
     ),
     "triviaqa": DataSet(
         "few-shot", 32, "f1_first_line",
@@ -165,7 +185,7 @@ class LongBench(Workload):
     rows: int = Field(default=0, ge=0)
     cap: int = Field(default=0, ge=0)
 
-    def items(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
+    def make(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
         found: list[Item] = []
         for task in self.tasks:
             if task not in DATA_SETS:
@@ -206,23 +226,50 @@ class LongBench(Workload):
         texts = [row.get("context"), row.get("input")]
         if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
             raise LoadTestError(f"{place}: needs context and input as texts, answers as a list")
-        prompt = data.prompt.format(context=row["context"], input=row["input"])
-        room = longest - data.max_tokens - ROOM if longest else None
-        if room is not None and room <= 0:
-            raise LoadTestError(f"{task}: answers of {data.max_tokens} tokens leave no room: the "
-                                f"server takes {longest}")  # fmt: skip
-        cap = min(n for n in (self.cap or None, room, UNLIMITED) if n is not None)
-        return Item(
-            id=f"{task}-{row.get('_id', index)}",
+        item = Item(
+            id=_name(task, index, row.get("_id")),
             task=task,
             category=data.category,
-            prompt=tokenizer.cut_middle(prompt, cap) if cap < UNLIMITED else prompt,
+            prompt=data.prompt.format(context=row["context"], input=row["input"]),
             max_tokens=data.max_tokens,
             metric=data.metric,
             references=tuple(answers),
-            classes=_classes(row.get("all_classes"), place),
+            classes=_classes(row.get("all_classes"), place) or data.classes,
             chat=data.chat,
         )
+        return _cut(item, self.cap or UNLIMITED, tokenizer, longest)
+
+
+def _name(task: str, index: int, known: object) -> str:
+    """An id of its own: the benchmark's may be missing, or be there twice."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", str(known))[:64] if known is not None else ""
+    return f"{task}-{index}-{plain}" if plain else f"{task}-{index}"
+
+
+def _cut(item: Item, cap: int, tokenizer: Tokenizer, longest: int | None) -> Item:
+    """Without its middle, if its prompt is above the cap or the server does not take it.
+
+    Raises:
+        LoadTestError: the answer leaves no room for a prompt.
+
+    """
+    if longest is not None:
+        around = tokenizer.count_sent(SAMPLE, item.chat) - tokenizer.count([SAMPLE])[0]
+        room = longest - item.max_tokens - around
+        if room <= 0:
+            raise LoadTestError(
+                f"{item.task}: answers of {item.max_tokens} tokens leave no room: the server "
+                f"takes {longest}"
+            )
+        cap = min(cap, room)
+    if cap >= UNLIMITED:
+        return item
+    shorter = replace(item, prompt=tokenizer.cut_middle(item.prompt, cap))
+    # what was cut may be read as other tokens than those it was made of
+    while longest is not None and (over := excess(shorter, tokenizer, longest)) > 0 and cap > over:
+        cap -= over
+        shorter = replace(item, prompt=tokenizer.cut_middle(item.prompt, cap))
+    return shorter
 
 
 def hub_rows(task: str, archive: str = HUB) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -254,10 +301,19 @@ def hub_rows(task: str, archive: str = HUB) -> Iterator[tuple[str, dict[str, Any
 
 
 def _classes(value: object, place: str) -> tuple[str, ...]:
-    """Classes as a list, or as its text, as in some copies of the files."""
-    if isinstance(value, str):
+    """Classes as a list, or as its text, as in some copies of the files; empty if there are none.
+
+    Raises:
+        LoadTestError: something else.
+
+    """
+    if isinstance(value, str) and value.strip():
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise LoadTestError(f"{place}: all_classes is not a list") from None
-    return tuple(map(str, value)) if isinstance(value, list) else ()
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list) or not all(isinstance(c, str) and c for c in value):
+        raise LoadTestError(f"{place}: all_classes is not a list of names")
+    return tuple(value)

@@ -1,19 +1,22 @@
 """Passkey: a key hidden in a long text, and a question for it.
 
 Instruction, needle and question are those of LongCTX-Bench (arXiv 2407.01527). Lengths are in
-tokens of the served model, not in words as there.
+tokens of the served model, of the whole prompt and its answer, not in words of the text as there.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from loadtest.workloads.base import Item, Workload
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.base import Workload
+from loadtest.workloads.fitting import fit
+from loadtest.workloads.item import Item
+from loadtest.workloads.text import Filler, sentences
 
 if TYPE_CHECKING:
     from loadtest.workloads.tokens import Tokenizer
@@ -39,25 +42,32 @@ class Passkey(Workload):
     texts: tuple[str, ...] = ("noise", "essay")
     keys: int = Field(default=1, ge=1)
 
-    def items(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
+    def make(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
         rng = random.Random(seed)
+        fillers = {text: Filler(sentences(text, seed), tokenizer) for text in self.texts}
         found: list[Item] = []
         grid = product(self.texts, self.lengths, self.depths, self.digits, range(self.keys))
-        for text, length, depth, digits, _ in grid:
+        for number, (text, length, depth, digits, _) in enumerate(grid):
             key = "".join(rng.choice("0123456789") for _ in range(digits))
-            hay = fill(sentences(text, seed), length, tokenizer)
-            position = round(depth * len(hay))
-            hay.insert(position, NEEDLE.format(key=key))
-            item = Item(
-                id=f"passkey-{len(found)}",
-                task=f"passkey-{digits}",
-                category="passkey",
-                prompt="\n".join((INSTRUCTION, " ".join(hay), QUESTION)),
-                # room for the key when every digit is a token, and a little more
-                max_tokens=digits + 8,
-                metric="exact_key",
-                references=(key,),
-                tags={"length": length, "depth": depth, "digits": digits, "text": text},
-            )
-            found.append(item)
+            tags: dict[str, float | str] = {
+                "length": length, "depth": depth, "digits": digits, "text": text
+            }  # fmt: skip
+            build = partial(_item, number, key, fillers[text], tags)
+            found.append(fit(build, length, tokenizer, longest))
         return found
+
+
+def _item(number: int, key: str, filler: Filler, tags: dict[str, float | str], tokens: int) -> Item:
+    hay = filler.sentences(tokens)
+    hay.insert(round(float(tags["depth"]) * len(hay)), NEEDLE.format(key=key))
+    return Item(
+        id=f"passkey-{number}",
+        task=f"passkey-{tags['digits']}",
+        category="passkey",
+        prompt="\n".join((INSTRUCTION, " ".join(hay), QUESTION)),
+        # room for the key when every digit is a token, and a little more
+        max_tokens=len(key) + 8,
+        metric="exact_key",
+        references=(key,),
+        tags=tags,
+    )

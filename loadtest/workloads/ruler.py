@@ -1,19 +1,23 @@
 """RULER (arXiv 2404.06654): needles with distractors, variable chains, most common words.
 
-Built from the paper's definitions; the haystack is this project's own text or a folder.
+Built from the paper's definitions; the haystack is this project's own text or a folder. A length is
+that of the prompt, with needles, question and chat template, and of its answer.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from loadtest.errors import LoadTestError
-from loadtest.workloads.base import Item, Workload
-from loadtest.workloads.text import fill, sentences
+from loadtest.workloads.base import Workload
+from loadtest.workloads.fitting import fit
+from loadtest.workloads.item import Item
+from loadtest.workloads.text import Filler, sentences
 from loadtest.workloads.words import ADJECTIVES, NOUNS, WORDS
 
 if TYPE_CHECKING:
@@ -59,20 +63,27 @@ class Ruler(Workload):
     common: int = Field(default=10, ge=1, le=50)
     ratio: int = Field(default=10, ge=2)  # how much oftener the common words appear
 
-    def items(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
-        return [
-            self._item(task, length, sample, tokenizer, seed)
-            for task, length, sample in product(self.tasks, self.lengths, range(self.samples))
-        ]
+    def make(self, tokenizer: Tokenizer, seed: int, longest: int | None) -> list[Item]:
+        filler = Filler(sentences(self.text, seed), tokenizer)
+        numbered = Filler([f"{i}. {word}" for i, word in enumerate(WORDS, 100)], tokenizer)
+        found: list[Item] = []
+        for task, length, sample in product(self.tasks, self.lengths, range(self.samples)):
+            name = f"{seed}-{task}-{length}-{sample}"
+            pool = numbered if task == "cwe" else filler
+            build = partial(self._item, task, length, sample, name, pool)
+            found.append(fit(build, length, tokenizer, longest))
+        return found
 
-    def _item(self, task: Task, length: int, sample: int, tokenizer: Tokenizer, seed: int) -> Item:
-        rng = random.Random(f"{seed}-{task}-{length}-{sample}")
+    def _item(
+        self, task: Task, length: int, sample: int, name: str, filler: Filler, tokens: int
+    ) -> Item:
+        rng = random.Random(name)
         if task == "vt":
-            prompt, answers = self._trace(length, tokenizer, rng, seed)
+            prompt, answers = self._trace(tokens, filler, rng)
         elif task == "cwe":
-            prompt, answers = self._count(length, tokenizer, rng)
+            prompt, answers = self._count(tokens, filler, rng)
         else:
-            prompt, answers = self._find(task, length, tokenizer, rng, seed)
+            prompt, answers = self._find(task, tokens, filler, rng)
         return Item(
             id=f"ruler-{task}-{length}-{sample}",
             task=task,
@@ -84,18 +95,19 @@ class Ruler(Workload):
             tags={"length": length},
         )
 
-    def _hide(
-        self, needles: list[str], length: int, tokenizer: Tokenizer, rng: random.Random, seed: int
-    ) -> str:
+    def _hide(self, needles: list[str], tokens: int, filler: Filler, rng: random.Random) -> str:
         """Needles at random places of a text; their order among themselves stays."""
-        hay = fill(sentences(self.text, seed), length, tokenizer)
+        hay = filler.sentences(tokens)
         places = sorted(rng.randrange(len(hay) + 1) for _ in needles)
-        for place, needle in reversed(list(zip(places, needles, strict=True))):
-            hay.insert(place, needle)
-        return " ".join(hay)
+        parts: list[str] = []
+        before = 0
+        for place, needle in zip(places, needles, strict=True):
+            parts += [*hay[before:place], needle]
+            before = place
+        return " ".join((*parts, *hay[before:]))
 
     def _find(
-        self, task: Task, length: int, tokenizer: Tokenizer, rng: random.Random, seed: int
+        self, task: Task, tokens: int, filler: Filler, rng: random.Random
     ) -> tuple[str, list[str]]:
         pairs = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS]
         keys = rng.sample(pairs, 1 if task == "multivalue" else self.needles)
@@ -104,13 +116,11 @@ class Ruler(Workload):
         needles = [NEEDLE.format(key=k, value=v) for k, v in zip(owners, values, strict=True)]
         rng.shuffle(needles)
         asked, answers = ([keys[0]], values[:1]) if task == "multikey" else (keys, values)
-        context = self._hide(needles, length, tokenizer, rng, seed)
+        context = self._hide(needles, tokens, filler, rng)
         listed = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
         return FIND.format(context=context, keys=listed), answers
 
-    def _trace(
-        self, length: int, tokenizer: Tokenizer, rng: random.Random, seed: int
-    ) -> tuple[str, list[str]]:
+    def _trace(self, tokens: int, filler: Filler, rng: random.Random) -> tuple[str, list[str]]:
         letters = [chr(ord("A") + i) for i in range(26)]
         names: list[str] = []
         while len(names) <= self.hops:
@@ -120,25 +130,23 @@ class Ruler(Workload):
         value = str(rng.randrange(10000, 100000))
         chain = [f"VAR {names[0]} = {value}."]
         chain += [f"VAR {b} = VAR {a}." for a, b in pairwise(names)]
-        context = self._hide(chain, length, tokenizer, rng, seed)
+        context = self._hide(chain, tokens, filler, rng)
         return TRACE.format(context=context, value=value, count=len(names)), names
 
-    def _count(
-        self, length: int, tokenizer: Tokenizer, rng: random.Random
-    ) -> tuple[str, list[str]]:
+    def _count(self, tokens: int, filler: Filler, rng: random.Random) -> tuple[str, list[str]]:
         words = list(WORDS)
         rng.shuffle(words)
         common, rest = words[: self.common], words[self.common :]
-        room = length // tokenizer.count(["100. lantern "])[0]
+        room = len(filler.sentences(tokens))
         # every other word appears so often that there are words enough to fill the text
         times = max(1, -(-room // (len(rest) + self.common * self.ratio)))
         others = room // times - self.common * self.ratio
-        if others < self.common:
+        if tokens and others < self.common:
             raise LoadTestError(
-                f"workload ruler: {length} tokens hold {room} words, too few for cwe with "
+                f"workload ruler: there is room for {room} words, too few for cwe with "
                 f"common={self.common}, ratio={self.ratio}"
             )
-        drawn = (common * self.ratio + rest[:others]) * times
+        drawn = (common * self.ratio + rest[: max(0, others)]) * times if tokens else []
         rng.shuffle(drawn)
         context = " ".join(f"{i}. {word}" for i, word in enumerate(drawn, 1))
         return COUNT.format(context=context, count=self.common), common

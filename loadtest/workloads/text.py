@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,11 @@ from loadtest.errors import LoadTestError
 from loadtest.workloads.haystack import ESSAY, NOISE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loadtest.workloads.tokens import Tokenizer
 
+SAMPLE = 64  # sentences
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -39,7 +42,7 @@ def sentences(source: str, seed: int | str) -> list[str]:
     found = [
         part.strip()
         for file in files
-        for part in _SENTENCE.split(file.read_text(encoding="utf-8", errors="replace"))
+        for part in _SENTENCE.split(file.read_text(encoding="utf-8-sig", errors="replace"))
         if part.strip()
     ]
     if not found:
@@ -47,25 +50,49 @@ def sentences(source: str, seed: int | str) -> list[str]:
     return found
 
 
-def fill(pool: list[str], tokens: int, tokenizer: Tokenizer) -> list[str]:
-    """Sentences of the pool, over and over, until there are ``tokens`` tokens."""
+class Filler:
+    """Text of a wanted number of tokens, chosen by its characters.
+
+    How many characters a token has is measured once, on the beginning of the pool, so that long
+    texts cost the tokenizer no more calls than short ones.
+
+    Args:
+        pool: sentences, used over and over.
+        tokenizer: counts.
+
+    """
+
+    def __init__(self, pool: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._pool = pool
+        sample = " ".join(islice(cycle(pool), SAMPLE))
+        self._characters = len(sample) / max(1, tokenizer.count([sample])[0])
+
+    def sentences(self, tokens: int, pool: Sequence[str] | None = None) -> list[str]:
+        """Whole sentences of at most about ``tokens`` tokens.
+
+        Args:
+            tokens: how long.
+            pool: other sentences of the same kind, or the same in another order.
+
+        """
+        return _take(pool or self._pool, tokens * self._characters)
+
+    def words(self, tokens: int, pool: Sequence[str] | None = None) -> list[str]:
+        """As ``sentences``, with the beginning of one more, up to a word."""
+        pool = pool or self._pool
+        room = tokens * self._characters
+        whole = _take(pool, room)
+        room -= sum(len(s) + 1 for s in whole)
+        following = pool[len(whole) % len(pool)]
+        end = following[: max(0, int(room))].rfind(" ")
+        return [*whole, following[:end]] if end > 0 else whole
+
+
+def _take(pool: Sequence[str], characters: float) -> list[str]:
     chosen: list[str] = []
-    total = 0
     for sentence in cycle(pool):
-        if total >= tokens:
+        characters -= len(sentence) + 1
+        if characters < 0:
             break
         chosen.append(sentence)
-        total += tokenizer.count([f" {sentence}"])[0]
     return chosen
-
-
-def fill_exactly(pool: list[str], tokens: int, tokenizer: Tokenizer) -> list[str]:
-    """As ``fill``, with the last sentence cut short so that ``tokens`` is met within a word."""
-    chosen = fill(pool, tokens, tokenizer)
-    if not chosen:
-        return chosen
-    last = chosen.pop()
-    counts = tokenizer.count([f" {s}" for s in (*chosen, last)])
-    words = last.split()
-    share = (tokens - sum(counts[:-1])) / max(1, counts[-1])
-    return [*chosen, " ".join(words[: max(1, round(share * len(words)))])]

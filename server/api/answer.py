@@ -11,19 +11,24 @@ from server.compression.request import FIELD as COMPRESSION
 if TYPE_CHECKING:
     from starlette.types import Message, Send
 
-    from server.api.state import ServerState
+    from server.api.asked import Asked
     from server.compression.request import Report
 
 
 class Answer:
-    """Passes an answer on; that of a completion with ``usage.kv_cache`` put in."""
+    """Passes an answer on; that of a completion with ``usage.kv_cache`` put in.
 
-    def __init__(self, state: ServerState, send: Send, *, complete: bool) -> None:
-        self._state, self._send, self.complete = state, send, complete
+    Args:
+        asked: the request, on which is noted what it held.
+        send: to the client.
+        complete: whether it is a completion.
+
+    """
+
+    def __init__(self, asked: Asked, send: Send, *, complete: bool) -> None:
+        self._asked, self._send, self._complete = asked, send, complete
         self._start: Message | None = None
         self._parts: list[bytes] = []
-        self._found: list[dict[str, Any]] = []
-        self.facts: dict[str, Any] | None = None
         self.compression: Report | None = None
         self.status = 0
         self.id: str | None = None
@@ -32,7 +37,7 @@ class Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.complete and _is_json(message) and message["status"] == 200:
+            if self._complete and _is_json(message) and message["status"] == 200:
                 self._start = message  # its length is not known yet
                 return
         elif self._start is not None:
@@ -45,7 +50,7 @@ class Answer:
             headers.append((b"content-length", str(len(body)).encode()))
             await self._send({**start, "headers": headers})
             message = {"type": "http.response.body", "body": body}
-        elif self.complete and self.status == 200:
+        elif self._complete and self.status == 200:
             message = self._pass(message)
         await self._send(message)
 
@@ -58,22 +63,21 @@ class Answer:
             return message
         return {**message, "body": self._chunk(body)}
 
-    def finish(self) -> None:
-        """Take what no part of the answer had a place for."""
-        if self.id is not None:
-            self._take({"id": self.id})
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What the request's ended prompts held: one's, or the sums."""
+        return _together(self._asked.facts) if self._asked.facts else None
 
     def _whole(self, body: bytes) -> bytes:
         answer = json.loads(body)
         if not isinstance(answer, dict):
             return body
-        found = self._take(answer)
         params = answer.get("kv_transfer_params")
         if isinstance(params, dict):
             # the way by which vLLM carries it; ours alone, since KV connectors are refused
             params.pop(KV_CACHE, None)
             answer["kv_transfer_params"] = params or None
-        self._complete(answer, found)
+        self._fill(answer)
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
     def _chunk(self, body: bytes) -> bytes:
@@ -84,26 +88,19 @@ class Answer:
         if not event.startswith(b"data: {") or b'"usage":{' not in event:
             return event
         chunk = json.loads(event[6:])
-        found = self._take(chunk)
-        self._complete(chunk, found)
+        self._fill(chunk)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def _complete(self, answer: dict[str, Any], held: dict[str, Any] | None) -> None:
+    def _fill(self, answer: dict[str, Any]) -> None:
+        self.id = str(answer.get("id"))
         usage = answer.get("usage")
         if not isinstance(usage, dict):
             return
-        if held:
+        if held := self.facts:
             usage[KV_CACHE] = held
         if self.compression:
             usage[COMPRESSION] = self.compression.model_dump()
         self.usage = usage
-
-    def _take(self, answer: dict[str, Any]) -> dict[str, Any] | None:
-        self.id = str(answer.get("id"))
-        self._found += self._state.take(self.id)
-        if self._found:
-            self.facts = _together(self._found)
-        return self.facts
 
 
 def _together(found: list[dict[str, Any]]) -> dict[str, Any]:

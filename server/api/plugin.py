@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse
 
-from cache_policies.vllm_plugin.facts import KV_CACHE
+from cache_policies.errors import PolicyError
+from cache_policies.vllm_plugin.frontend import check_method
+from server.api.asked import watch
 from server.api.middleware import LOG, Limits, PolicyMiddleware
+from server.api.names import ModelNames, parse_aliases
 from server.api.policies import router
-from server.api.state import ServerState, parse_aliases
+from server.api.refusal import RefusalError
+from server.api.state import ServerState
 from server.compression import Compressor, LLMLingua2, SelectiveContext
 from server.compression.served import ServedTokenizer
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import AsyncIterator
 
     from fastapi import FastAPI
     from starlette.datastructures import State
@@ -50,7 +53,8 @@ class PolicyEndpoints:
         """Add the routes, and the middleware around vLLM's."""
         app.state.kvthrift = self._state
         app.include_router(router)
-        app.add_api_route("/v1/models", _models, methods=["GET"])
+        app.add_api_route("/v1/models", list_models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", show_model, methods=["GET"])
         args = app.state.args
         limits = Limits(
             getattr(args, "max_request_bytes", MAX_BODY),
@@ -63,12 +67,10 @@ class PolicyEndpoints:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine's configuration, and watch what its requests held."""
-        del state
         ours = self._state
         ours.vllm_config = engine_client.vllm_config
-        ours.names = list(args.served_model_name or [args.model])
-        ours.aliases = parse_aliases(getattr(args, "policy_alias", None) or [], ours.names)
-        _watch(engine_client, ours)
+        ours.names = _names(args, state.openai_serving_models.lora_requests)
+        watch(engine_client)
         ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
         classifier = getattr(args, "prompt_compressor", None)
         ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)
@@ -98,28 +100,6 @@ def _log_plain_lines() -> None:
     LOG.propagate = False
 
 
-def _answers(request_id: str) -> bool:
-    """Whether a response with this id takes what was noted; beams and compression have none."""
-    return request_id.startswith(("cmpl-", "chatcmpl-")) and "-beam-" not in request_id
-
-
-def _watch(engine_client: Any, state: ServerState) -> None:
-    """Note what each request held when its last output passes.
-
-    vLLM gives ``kv_transfer_params`` to whole responses but not to streams. Can go when it does.
-    """
-    generate = engine_client.generate
-
-    async def watched(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async for output in generate(*args, **kwargs):
-            params = output.kv_transfer_params if output.finished else None
-            if params and KV_CACHE in params and _answers(output.request_id):
-                state.note(output.request_id, params[KV_CACHE])
-            yield output
-
-    engine_client.generate = watched
-
-
 def _drain(engine_client: Any, state: ServerState, *, owner: bool) -> None:
     """Let what runs end before the engine's client is closed, and refuse what comes meanwhile.
 
@@ -140,12 +120,58 @@ def _drain(engine_client: Any, state: ServerState, *, owner: bool) -> None:
     engine_client.shutdown = shutdown
 
 
-async def _models(request: Request) -> JSONResponse:
+def _names(args: Namespace, adapters: dict[str, Any]) -> ModelNames:
+    """The names of a server.
+
+    Raises:
+        PolicyError: an alias has the name of a model or an adapter.
+
+    """
+    from vllm import envs
+
+    served = list(args.served_model_name or [args.model])
+    texts = getattr(args, "policy_alias", None) or []
+    return ModelNames(
+        served=served,
+        aliases=parse_aliases(texts, [*served, *adapters]),
+        adapters=adapters,
+        any_base=envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or envs.VLLM_SKIP_MODEL_NAME_VALIDATION,
+    )
+
+
+async def _cards(request: Request) -> dict[str, Any]:
     """VLLM's list, with a card for each alias."""
     listed = await request.app.state.openai_serving_models.show_available_models()
-    content = listed.model_dump()
+    content: dict[str, Any] = listed.model_dump()
     state: ServerState = request.app.state.kvthrift
-    for alias, method in state.aliases.items():
-        base = content["data"][0]
-        content["data"].append({**base, "id": alias, "parent": base["id"], "cache_policy": method})
-    return JSONResponse(content)
+    content["data"] += [
+        _with_method(content["data"][0], alias, method)
+        for alias, method in state.names.aliases.items()
+    ]
+    return content
+
+
+def _with_method(base: dict[str, Any], name: str, method: str) -> dict[str, Any]:
+    return {**base, "id": name, "parent": base["id"], "cache_policy": method}
+
+
+async def list_models(request: Request) -> JSONResponse:
+    """The models: those of vLLM, and a card for each alias."""
+    return JSONResponse(await _cards(request))
+
+
+async def show_model(name: str, request: Request) -> JSONResponse:
+    """One model: by its name, an alias, or NAME@METHOD."""
+    cards = {card["id"]: card for card in (await _cards(request))["data"]}
+    if name in cards:
+        return JSONResponse(cards[name])
+    state: ServerState = request.app.state.kvthrift
+    try:
+        found = state.names.resolve(name)
+        method = str(check_method(found[1])) if found else ""
+    except PolicyError as error:
+        return RefusalError(400, str(error), "model").response(request.url.path)
+    if found is None or found[0] not in cards:
+        refusal = RefusalError(404, f"The model `{name}` does not exist.", "model")
+        return refusal.response(request.url.path)
+    return JSONResponse(_with_method(cards[found[0]], name, method))

@@ -62,8 +62,9 @@ async def list_policies(request: Request) -> PolicyList:
     terms += [_method(name, "retention", state) for name in retention_methods()]
     terms += [_method(name, "retrieval", state) for name in RETRIEVAL]
     policy = str(state.policy) if state.policy else None
+    names = state.names
     return PolicyList(
-        model=state.model, server_policy=policy, aliases=state.aliases, policies=terms
+        model=names.first, server_policy=policy, aliases=names.aliases, policies=terms
     )
 
 

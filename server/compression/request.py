@@ -41,8 +41,8 @@ class PromptCompression(BaseModel):
             return cls.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            raise CompressorError(f"{FIELD}: {place}: {first['msg']}") from None
+            place = ".".join(str(p) for p in (FIELD, *first["loc"]))
+            raise CompressorError(f"{place}: {first['msg']}") from None
 
 
 class Report(BaseModel):

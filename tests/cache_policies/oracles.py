@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from tests.cache_policies.worker import HEADS, KV_HEADS, ROPE, SCALE, SIZE, Text
+from tests.cache_policies.worker import HEADS, KV_HEADS, SCALE, SIZE, THETA, Text
 
 GROUP = HEADS // KV_HEADS
 
@@ -74,7 +74,7 @@ def _turn(position: float) -> torch.Tensor:
     """Rotation matrix of one position."""
     turn = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     for i in range(SIZE // 2):
-        angle = position * ROPE.theta ** (-2 * i / SIZE)
+        angle = position * THETA ** (-2 * i / SIZE)
         a, b = i, i + SIZE // 2
         turn[a, a] = turn[b, b] = math.cos(angle)
         turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
@@ -82,20 +82,22 @@ def _turn(position: float) -> torch.Tensor:
 
 
 def expected_attention(text: Text, n: int, keep: int, future: int = 512) -> torch.Tensor:
-    plain = torch.stack([_turn(-t) @ text.query[t].double().T for t in range(4, n)])
-    mean = plain.mean(0).T  # [heads, d]
-    centred = plain.permute(2, 0, 1) - mean[:, None]
-    covariance = centred.transpose(1, 2) @ centred / plain.shape[0]
-    turn = sum(_turn(n + i) for i in range(future)) / future
-    mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
-    score = torch.zeros(KV_HEADS, n, dtype=torch.float64)
-    for head in range(HEADS):
-        key = text.key[:n, head // GROUP].double()
-        exponent = key @ mean[head] / math.sqrt(SIZE)
-        exponent += ((key @ covariance[head]) * key).sum(-1) / SIZE / 2
-        score[head // GROUP] += exponent.softmax(0) / GROUP
-    score *= text.value[:n].double().norm(dim=-1).T
-    return _best(score, _edges(n, 4, 1), keep)
+    """From the definition: 4 sinks are no part of it, neither their queries nor their keys."""
+    sinks = 4
+    mean_turn = torch.stack([_turn(n + ahead) for ahead in range(future)]).mean(0)
+    score = torch.full((KV_HEADS, n), torch.inf, dtype=torch.float64)
+    for kv_head in range(KV_HEADS):
+        keys = text.key[sinks:n, kv_head].double()
+        expected = torch.zeros(n - sinks, dtype=torch.float64)
+        for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+            queries = [_turn(t).T @ text.query[t, head].double() for t in range(sinks, n)]
+            plain = torch.stack(queries)
+            mu = mean_turn @ plain.mean(0)
+            sigma = mean_turn @ torch.cov(plain.T, correction=0) @ mean_turn.T
+            exponent = [k @ mu / math.sqrt(SIZE) + k @ sigma @ k / (2 * SIZE) for k in keys]
+            expected += torch.stack(exponent).softmax(0) / GROUP
+        score[kv_head, sinks:] = expected * text.value[sinks:n, kv_head].double().norm(dim=-1)
+    return _best(score, _edges(n, sinks, 1), keep)
 
 
 def lagkv(text: Text, n: int, keep: int, lag: int = 128, sinks: int = 4) -> torch.Tensor:

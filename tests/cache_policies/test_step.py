@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.retention import retention_methods
 from tests.cache_policies import oracles
-from tests.cache_policies.worker import GROUP_ERROR, HEADS, KV_HEADS, SCALE, Text, Worker
+from tests.cache_policies.worker import (
+    GROUP_ERROR,
+    HEADS,
+    KV_HEADS,
+    ROPE,
+    SCALE,
+    SIZE,
+    Text,
+    Worker,
+)
 
 PROMPT = 700
 TEXT = Text(1400)
@@ -62,6 +71,24 @@ def test_the_tokens_of_the_definition_are_kept_whatever_the_chunks(
     worker.run(sequence, _chunks(random.Random(seed), PROMPT))
     kept = _kept(worker.positions(sequence), PROMPT)
     assert torch.equal(kept.sum(1), expected.sum(1))
+    assert (kept ^ expected).sum() <= 2 * KV_HEADS, "more than a tie differs"
+
+
+def test_heads_that_look_at_the_sinks_do_not_choose_for_their_group() -> None:
+    """Expected attention is normalized over the keys after the sinks."""
+    torch.manual_seed(0)
+    text, ahead = Text(PROMPT), torch.arange(PROMPT, PROMPT + 1)
+    towards = torch.randn(HEADS, 1, SIZE) * 2
+    towards[1::2] = 0  # these heads look at no sink
+    place = torch.arange(PROMPT)
+    plain = text.query.transpose(0, 1) + towards
+    text.query = ROPE.rotate(plain, place).transpose(0, 1).contiguous()
+    text.key[:4] += ROPE.rotate(towards[::3], ahead).transpose(0, 1)
+    expected = oracles.expected_attention(text, PROMPT, keep=150)
+    worker = Worker("raw")
+    sequence = worker.start(text, "expected-attention(budget=150)", PROMPT)
+    worker.run(sequence, [300, 400])
+    kept = _kept(worker.positions(sequence), PROMPT)
     assert (kept ^ expected).sum() <= 2 * KV_HEADS, "more than a tie differs"
 
 

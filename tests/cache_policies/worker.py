@@ -17,7 +17,9 @@ from cache_policies.step.step import Step
 
 PAGE, HEADS, KV_HEADS, SIZE = 128, 6, 2, 64
 SCALE = SIZE**-0.5
-ROPE = Rope(SIZE, 10000.0)
+THETA = 10000.0
+_ANGLES = torch.arange(4096).double()[:, None] * THETA ** (-torch.arange(0, SIZE, 2) / SIZE)
+ROPE = Rope(torch.cat([_ANGLES.cos(), _ANGLES.sin()], 1).float(), SIZE)
 
 
 class Text:
@@ -112,7 +114,7 @@ class Worker:
         count = sequence.span.held(sequence.computed, keep)
         step = Step(self.plan, np.array([0, 0], dtype=np.int32),
                     np.array([0], dtype=np.int32), [None], sequence.row[None])  # fmt: skip
-        batch, _ = step._batch(self.layer)
+        batch = step._of_layer(self.layer).batch
         one = batch.one(0, held=count, stored=self.plan.stored(count),
                         store_row=sequence.span.store_row(sequence.computed))  # fmt: skip
         empty = torch.zeros(0, KV_HEADS, SIZE)

@@ -17,7 +17,10 @@ DASHBOARD = GRAFANA / "dashboards" / "kvthrift.json"
 RULES = GRAFANA.parent / "prometheus" / "rules.yml"
 METRIC = re.compile(r"\b(?:vllm|kvthrift):?[a-z0-9_:]*[a-z0-9]|\bhttp_[a-z_]+")
 ELSEWHERE = {"kvthrift_loadtest_done_requests", "kvthrift_loadtest_planned_requests",
-             "kvthrift_loadtest_failed_requests", "kvthrift_loadtest_running"}  # fmt: skip
+             "kvthrift_loadtest_failed_requests", "kvthrift_loadtest_running",
+             "kvthrift_canary_passkeys_found_ratio", "kvthrift_canary_repetition_ratio",
+             "kvthrift_canary_failed_requests", "kvthrift_canary_interval_seconds",
+             "kvthrift_canary_last_round_timestamp_seconds"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "prometheus"
-ALERTS = ("Down", "CacheFull", "Preemptions", "QueueGrows", "Errors", "CompressionFell")
+ALERTS = ("Down", "CacheFull", "Preemptions", "QueueGrows", "Errors", "CompressionFell",
+          "CanaryForgets", "CanaryLoops", "CanarySilent")  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
 

@@ -7,16 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from loadtest.commands.process import Server, running_server
 from tests.engine.programs import MARK
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -26,7 +24,14 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
 }
 PROGRAM_SECONDS = 400
+_INTERPRETED = {
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": str(Path(__file__).with_name("interpreter")),
+}
+# vLLM's V2 model runner, on a machine without a GPU; V1 is what the CPU platform takes.
+RUNNERS = {"v2": _INTERPRETED, "v2-async": {**_INTERPRETED, "KVTHRIFT_ASYNC": "1"}}
 Program = Callable[..., Any]
+CHUNKED = ["--max-num-batched-tokens", "512", "--enable-prompt-embeds"]
 FLAGS = ["--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", "67108864"]
 
 
@@ -35,7 +40,7 @@ class Programs:
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        with log.open("w") as errors:
+        with log.open("a") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engine.programs"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -77,25 +82,27 @@ class Programs:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     """Run a program of ``tests.engine.programs`` and return its result.
 
-    They share a process, which imports vLLM once; but for those with an environment of their own,
-    and those whose engine must not start, of which vLLM and torch leave pieces behind.
+    Those of a model runner share a process, which imports vLLM once; but for those with another
+    environment, and those whose engine must not start, of which vLLM and torch leave pieces behind.
     """
     folder = tmp_path_factory.mktemp("programs")
-    shared: list[Programs] = []
+    shared: dict[str, Programs] = {}
+    names = {json.dumps(environment): name for name, environment in RUNNERS.items()}
 
     def run(name: str, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-        if environment or name.startswith("refused"):
+        runner = names.get(json.dumps(environment)) if environment else "v1"
+        if runner is None or name.startswith("refused"):
             own = Programs(folder / name, environment or {})
             try:
                 return own.run(name, arguments)
             finally:
                 own.stop()
-        if not shared or shared[-1].process.poll() is not None:
-            shared.append(Programs(folder / f"shared-{len(shared)}", {}))
-        return shared[-1].run(name, arguments)
+        if runner not in shared or shared[runner].process.poll() is not None:
+            shared[runner] = Programs(folder / runner, environment or {})
+        return shared[runner].run(name, arguments)
 
     yield run
-    for process in shared:
+    for process in shared.values():
         process.stop()
 
 
@@ -125,8 +132,9 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A server of the embedded model under kivi-4bit, for all tests that only ask it."""
     assert smollm2.exists()
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["smollm2-135m", "--cache-policy", "kivi-4bit", *FLAGS]
+    arguments = ["smollm2-135m", "--cache-policy", "kivi-4bit", *FLAGS, *CHUNKED]
     arguments += ["--policy-alias", "fast=snapkv(budget=96)", "--max-request-bytes", "200000"]
+    arguments += ["--enable-scale-out"]  # rendering, and generating from tokens
     with running_server(arguments, log) as running:
         yield running
 

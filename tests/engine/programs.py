@@ -13,6 +13,8 @@ import sys
 import traceback
 from typing import Any
 
+from tests.engine.rotary import rotary  # noqa: F401  # a program too
+
 MARK = "program result: "
 
 
@@ -29,8 +31,12 @@ def engine(model: str, policy: str | None, **options: Any) -> Any:
     return LLM(model, **{**defaults, **options})
 
 
+def _core(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
 def _pool(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return _core(llm).scheduler.kv_cache_manager.block_pool
 
 
 def _preemptions(llm: Any) -> int:
@@ -77,6 +83,8 @@ def generate(
         "total": pool.num_gpu_blocks - 1,  # vLLM keeps one null block
         "preemptions": _preemptions(llm),
         "impl": type(layer.impl).__name__,
+        "runner": type(_core(llm).model_executor.driver_worker.worker.model_runner).__module__,
+        "scheduler": type(_core(llm).scheduler).__name__,
     }
 
 
@@ -108,6 +116,7 @@ def storm(
     requests: int,
     seed: int,
     methods: tuple[str, ...] = ("all",),
+    longest: int = 500,
     **options: Any,
 ) -> dict[str, int]:
     """Random requests with random cancellations in a tiny pool; then every page must be free."""
@@ -129,7 +138,7 @@ def storm(
         if waiting and len(alive) < 12:
             name = f"r{waiting}"
             prompt = [7] * rng.choice((3, 3, 200)) + [
-                rng.randrange(9, 200) for _ in range(rng.randrange(1, 500))
+                rng.randrange(9, 200) for _ in range(rng.randrange(1, longest))
             ]
             parameters = SamplingParams(
                 temperature=0,
@@ -161,6 +170,20 @@ def storm(
     }  # fmt: skip
 
 
+def _answered_when_preempted(scheduler: Any) -> dict[str, int]:
+    """Filled as requests are preempted for the first time: tokens of their answers."""
+    preempt, answered = scheduler._preempt_request, {}
+
+    def noted(request: Any, *rest: Any, **more: Any) -> None:
+        tokens = request.num_output_tokens + request.num_output_placeholders
+        name = request.request_id.rpartition("-")[0]  # vLLM adds a random part
+        answered.setdefault(name, tokens)
+        preempt(request, *rest, **more)
+
+    scheduler._preempt_request = noted
+    return answered
+
+
 def mixed(
     model: str,
     policy: str,
@@ -182,6 +205,7 @@ def mixed(
         )
         for method in methods
     ]  # fmt: skip
+    answered = _answered_when_preempted(_core(llm).scheduler)
     pairs = list(zip(prompts, parameters, strict=True))
     batches = [pairs] if together else [[pair] for pair in pairs]
     outputs = [
@@ -194,9 +218,35 @@ def mixed(
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "cached": [o.num_cached_tokens for o in outputs],
+        "undisturbed": [answered.get(o.request_id, max_tokens) for o in outputs],
         "free": pool.get_num_free_blocks(), "total": pool.num_gpu_blocks - 1,
         "preemptions": _preemptions(llm),
     }  # fmt: skip
+
+
+def embedded(
+    model: str, policy: str, prompts: list[list[int]], methods: list[str], **options: Any
+) -> list[list[int]]:
+    """Each prompt under its method, given as the embeddings of its tokens."""
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import load_file
+    from vllm import SamplingParams
+
+    llm = engine(model, policy, enable_prompt_embeds=True, **options)
+    table = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
+    outputs = llm.generate(
+        [{"prompt_embeds": table[torch.tensor(prompt)]} for prompt in prompts],
+        [
+            SamplingParams(
+                temperature=0, max_tokens=24, ignore_eos=True, extra_args={"cache_policy": method}
+            )
+            for method in methods
+        ],
+        use_tqdm=False,
+    )
+    return [list(out.outputs[0].token_ids) for out in outputs]
 
 
 def pool_by_step(

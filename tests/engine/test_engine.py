@@ -114,13 +114,30 @@ def test_cancelled_requests_leave_every_page_free(program: Program, tiny: str, p
 def test_parallel_sampling_and_logprobs(program: Program, tiny: str) -> None:
     result = program(
         "generate", model=tiny, policy="kivi-4bit", prompts=PROMPTS[2:4], max_tokens=150,
-        sampling={"n": 3, "temperature": 1.0},  # no seed: vLLM 0.32's CPU runner fails on one
+        sampling={"n": 3, "temperature": 1.0},
     )  # fmt: skip
     for request in result["results"]:
         assert len(request["tokens"]) == 3
         assert len({tuple(t) for t in request["tokens"]}) > 1
         assert all(len(p) == 150 and max(p) <= 0 for p in request["logprobs"])
     assert result["free"] == result["total"]
+
+
+@pytest.mark.parametrize("policy", [None, "raw"])
+def test_a_seed_gives_the_same_answer_in_chunks_beside_others_and_after_a_preemption(
+    program: Program, tiny: str, policy: str | None
+) -> None:
+    ask = {"model": tiny, "policy": policy, "prompts": [*PROMPTS[2:], PROMPTS[4]],
+           "max_tokens": 150, "max_model_len": 1024,
+           "sampling": {"n": 2, "temperature": 1.0, "seed": 7}}  # fmt: skip
+    whole = program("generate", **ask, max_num_batched_tokens=4096)
+    small = program("generate", **ask, kv_cache_memory_bytes=18 * 128 * 512 * 4)
+    assert whole["preemptions"] == 0
+    assert small["preemptions"] > 0
+    for one, other in zip(whole["results"], small["results"], strict=True):
+        assert one["tokens"][0] != one["tokens"][1]
+        assert one["tokens"] == other["tokens"]
+    assert whole["results"][2]["tokens"] == whole["results"][3]["tokens"]
 
 
 def test_the_reference_kernel_can_be_forced(program: Program, tiny: str, raw: Any) -> None:

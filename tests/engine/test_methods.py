@@ -34,6 +34,13 @@ def test_requests_of_different_policies_share_a_batch(program: Program, tiny: st
     assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
 
 
+def test_a_prompt_of_embeddings_has_a_method_too(program: Program, tiny: str) -> None:
+    methods = ["snapkv(budget=200)", "tova(budget=150,interval=16)", "lagkv(budget=300)", "all"]
+    arguments = {"model": tiny, "policy": "fp16", "prompts": PROMPTS[:4], "methods": methods}
+    given = program("embedded", **arguments)
+    assert given == program("mixed", **arguments)["tokens"]
+
+
 def test_every_method_runs_on_quantized_pages(program: Program, tiny: str) -> None:
     got = program("mixed", model=tiny, policy="kivi-4bit", prompts=PROMPTS, methods=METHODS)
     assert got["free"] == got["total"]

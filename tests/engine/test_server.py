@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from loadtest.commands.process import Server, ServerError, running_server
-from tests.engine.conftest import FLAGS, long_answer
+from tests.engine.conftest import CHUNKED, FLAGS, long_answer
+from tests.engine.odd_requests import survives
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,11 +77,15 @@ def test_a_bad_method_in_a_request_is_a_400_that_names_what_is_allowed(
     assert _complete(client, "all")
 
 
+def test_no_request_ends_the_engine(server: Server) -> None:
+    survives(server)
+
+
 def test_a_server_without_a_policy_and_what_it_does_when_its_engine_is_killed(
     smollm2: Path, tmp_path: Path
 ) -> None:
     assert smollm2.exists()
-    arguments = ["smollm2-135m", *FLAGS[:-1], str(256 << 20)]
+    arguments = ["smollm2-135m", *FLAGS[:-1], str(256 << 20), *CHUNKED]
     with running_server(arguments, tmp_path / "log") as plain, ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="runs without a cache policy"):
@@ -90,6 +95,7 @@ def test_a_server_without_a_policy_and_what_it_does_when_its_engine_is_killed(
         stats = httpx.get(f"{plain.url}/v1/cache_policies/stats")
         assert (stats.status_code, "without a cache policy" in stats.text) == (503, True)
         assert "vLLM's own cache" in httpx.get(f"{plain.url}/policies").text
+        survives(plain)
         process = psutil.Process(plain.pid)
         tree = process.children(recursive=True)
         (engine,) = [p for p in tree if "EngineCore" in " ".join(p.cmdline())]

@@ -16,6 +16,7 @@ from cache_policies.policy import parse
 from cache_policies.policy.layouts import layouts
 
 if TYPE_CHECKING:
+    from cache_policies.kernels.counts import Buffers
     from cache_policies.pages.layout import PageLayout
 
 # Largest allowed difference of outputs of order 1, by model dtype. float32: summation order,
@@ -61,11 +62,10 @@ class Setup:
         table = order.to(torch.int32).reshape(seqs, row)
         return cls(layout, Shape(heads, kv_heads, head_size**-0.5), pages, table)
 
-    def batch(self, computed: list[int], fresh: list[int]) -> Batch:
+    def batch(self, computed: list[int], fresh: list[int], buffers: Buffers | None = None) -> Batch:
         start = np.concatenate([[0], np.cumsum(fresh)]).astype(np.int32)
-        return Batch.of(
-            Plan.of(self.layout), start, np.array(computed, dtype=np.int32), self.block_table
-        )
+        before = np.array(computed, dtype=np.int32)
+        return Batch.of(Plan.of(self.layout), start, before, self.block_table, buffers)
 
     def tokens(self, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rng = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tests.loadtest.conftest import Command, MockServer
 
-SMALL = ("-w", "passkey(lengths=60,depths=0.5,texts=noise)", "--warmup", "1")
+SMALL = ("-w", "passkey(lengths=250,depths=0.5,texts=noise)", "--warmup", "1")
 QUICK = {"ttft": 0.02, "itl": 0.002}
 
 
@@ -150,6 +150,10 @@ def test_too_many_errors_stop_the_run(mock: MockServer, kvthrift: Command, tmp_p
         (("MOCK", "--search", "1-2"), 2, "--search needs --goodput"),
         (("MOCK", "--endpoint", "embeddings"), 2, "allowed: auto, completions, chat"),
         (("MOCK", "--extra-body", "{"), 2, "--extra-body is not JSON"),
+        (("MOCK", "--extra-body", "null"), 2, "--extra-body is not a JSON object"),
+        (("MOCK", "--extra-body", '{"x": NaN}'), 2, "--extra-body is not JSON (NaN"),
+        (("MOCK", "--extra-body", '{"x": 1e999}'), 2, "1e999 is too large"),
+        (("MOCK", "--extra-body", '{"stream": false}'), 2, "--extra-body: stream: the load test"),
         (("MOCK", "--api-key-file", "/nowhere"), 2, "--api-key-file /nowhere: No such file"),
         (("MOCK", "--tokenizer", "/nowhere"), 2, "--tokenizer /nowhere"),
         (("http://127.0.0.1:9", "--wait", "1"), 4, "no server at http://127.0.0.1:9 after 1 s"),

@@ -29,13 +29,23 @@ def comparison(policies: list[str], **changed: Any) -> Comparison:
 def test_methods_share_the_server_of_their_codec() -> None:
     made = comparison(["kivi-4bit", "snapkv(budget=64)+kivi-4bit", "fp16", "kivi-4bit"])
     servers = made.servers()
-    assert list(servers) == [None, "kivi-4bit", "fp16"]
-    assert servers["kivi-4bit"] == [
+    assert list(servers) == [("m", None), ("m", "kivi-4bit"), ("m", "fp16")]
+    assert servers["m", "kivi-4bit"] == [
         Variant("kivi-4bit", "kivi-4bit", "all"),
         Variant("snapkv(budget=64)+kivi-4bit", "kivi-4bit", "snapkv(budget=64)"),
     ]
-    assert made.arguments("fp16")[:3] == ["m", "--cache-policy", "fp16"]
-    assert made.arguments(None)[:3] == ["m", "--kv-cache-memory-bytes", str(2 << 20)]
+    assert made.arguments(("m", "fp16"))[:3] == ["m", "--cache-policy", "fp16"]
+    assert made.arguments(("m", None))[:3] == ["m", "--kv-cache-memory-bytes", str(2 << 20)]
+
+
+def test_the_same_load_twice_is_refused(tmp_path: Path) -> None:
+    loads = [parse_arrivals(x) for x in ("closed", "closed(concurrency=4)")]
+    with pytest.raises(LoadTestError, match=r"closed\(concurrency=4\) is given twice"):
+        comparison(["fp16"], arrivals=loads)
+    loads = [parse_arrivals("closed"), parse_arrivals("closed(concurrency=2)")]
+    made = comparison(["fp16", "snapkv(budget=64)"], arrivals=loads)
+    folders = {made.folder(tmp_path, v, a) for v in made.variants for a in loads}
+    assert len(folders) == 6
 
 
 def test_a_run_with_failures_does_not_end_the_others_and_an_interruption_does(

@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, options in (("good <b>", {}), ("bad", {"fault": "500", "every": 4})):
         with running_mock(ttft=0.02, itl=0.002, **options) as url:
             run_command(
-                "loadtest", url, "-w", "passkey(lengths=60|120,depths=0|1,texts=noise)",
+                "loadtest", url, "-w", "passkey(lengths=250|350,depths=0|1,texts=noise)",
                 "-a", "closed(concurrency=1)", "-a", "closed(concurrency=2)", "--label", label,
                 "-o", str(folder / label.split()[0]), "--goodput", "ttft:1s", "--interval", "0.1",
             )  # fmt: skip

@@ -20,8 +20,10 @@ from loadtest.measuring.scrape import (
     total,
     write_samples,
 )
-from loadtest.measuring.server_side import check_counters, series, server_side
+from loadtest.measuring.series import series
+from loadtest.measuring.server_side import check_counters, server_side
 from loadtest.measuring.summary import Setup, summarize
+from loadtest.report.table import problems
 from loadtest.sending.records import Record, RecordFile, read_records
 
 if TYPE_CHECKING:
@@ -243,3 +245,75 @@ def test_records_come_back_and_a_line_cut_short_is_left_out(tmp_path: Path) -> N
     path.write_text('{"id": "x", "new_field": 1}\n')
     with pytest.raises(LoadTestError, match="not a record of this version"):
         read_records(path)
+
+
+def test_what_came_at_one_time_has_no_time_per_token() -> None:
+    def at_once(**changed: object) -> Record:
+        return record(events=[1.0], finished=1.0, output_tokens=10, **changed)
+
+    alike = [
+        at_once(event_tokens=[]),
+        at_once(event_tokens=[10]),
+        record(events=[1.0] * 10),  # ten events in one read
+        record(events=[], event_tokens=[]),  # an answer that was not streamed
+    ]
+    tight, loose = Goals.parse("tpot:1ms"), Goals.parse("ttft:9s,tpot:9s,e2e:9s")
+    for one in alike:
+        assert one.tpot is None
+        assert tight.met(one) is None
+        assert loose.met(one) is None
+    assert not Goals.parse("tpot:9s,e2e:1ms").met(record(events=[1.0]))  # that much is known
+    single = record(events=[1.0], event_tokens=[1], output_tokens=1)
+    assert (single.tpot, tight.met(single)) == (None, True)  # there is no further token
+    found = summarize(SETUP, [*alike[:3], record()], [], planned=4, goals=Goals.parse("tpot:9s"))
+    assert found.latency.tpot is not None
+    assert found.latency.tpot.count == 1
+    assert found.goodput is not None
+    assert (found.goodput.share, found.goodput.unknown) == (0.25, 3)
+    assert "3 requests cannot be judged by the goals" in "".join(problems(found))
+    none = summarize(SETUP, alike[:3], [], planned=3)
+    assert (none.latency.tpot, none.get("latency.tpot.p50.value")) == (None, None)
+
+
+def test_prompt_tokens_that_nobody_counted_are_no_zero() -> None:
+    found = summarize(SETUP, [record(), record(1.0, prompt_tokens=None)], [], planned=2)
+    assert found.throughput is not None
+    assert found.throughput.prompt_tokens is None
+    assert found.throughput.output_tokens > 0
+
+
+def test_an_answer_that_came_whole_counts_where_it_ended() -> None:
+    whole = record(events=[], event_tokens=[], finished=2.0)
+    found = summarize(SETUP, [whole], [], planned=1)
+    assert found.throughput is not None
+    assert found.throughput.output_tokens == pytest.approx(10 / 2.0)
+    assert found.latency.ttft is None
+    assert found.latency.e2e is not None
+    assert found.latency.e2e.p50.value == pytest.approx(2.0)
+
+
+def test_thinking_has_a_row_of_its_own() -> None:
+    thought = record(thinking_at=1.0, answer_at=1.5, thinking_tokens=5)
+    found = summarize(SETUP, [thought, record(answer_at=1.0)], [], planned=2)
+    assert (found.requests.thought, found.requests.thinking_tokens) == (1, 5)
+    assert found.latency.first_answer is not None
+    assert found.latency.first_answer.count == 2
+    uncounted = summarize(SETUP, [record(thinking_at=1.0)], [], planned=1).requests
+    assert (uncounted.thought, uncounted.thinking_tokens) == (1, None)
+    plain = summarize(SETUP, [record(answer_at=1.0)], [], planned=1)
+    assert plain.latency.first_answer is None
+
+
+def test_drawings_of_groups_are_those_of_values_written_out() -> None:
+    import numpy as np
+
+    from loadtest.measuring import estimates
+
+    rng = np.random.default_rng(1)
+    groups = [rng.exponential(1, int(n)).round(2) for n in rng.integers(1, 40, 30)]
+    found = estimates._resampled(groups)
+    picks = np.random.default_rng(estimates.SEED).integers(30, size=(estimates.RESAMPLES, 30))
+    for index in (0, 7, 499):
+        written = np.concatenate([groups[i] for i in picks[index]])
+        known = [written.mean(), *np.percentile(written, estimates.PERCENTILES)]
+        assert found[:, index] == pytest.approx(known)

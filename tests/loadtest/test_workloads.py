@@ -3,30 +3,17 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from loadtest.errors import LoadTestError
+from loadtest.quality import score
 from loadtest.workloads import Item, hash_items, parse_workload
 from loadtest.workloads.longbench import DATA_SETS, hub_rows
 from loadtest.workloads.passkey import NEEDLE
-from loadtest.workloads.tokens import ApproximateTokenizer, middle
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
-class Words:
-    """A token is a word."""
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(t.split()) for t in texts]
-
-    def cut_middle(self, text: str, tokens: int) -> str:
-        words = text.split(" ")
-        kept = [words[i] for part in middle(list(range(len(words))), tokens) for i in part]
-        return text if len(words) <= tokens else " ".join(kept)
+from loadtest.workloads.tokens import ApproximateTokenizer
+from tests.loadtest.counting import CHAT, Words
 
 
 def make(spec: str, seed: int = 0, longest: int | None = None) -> list[Item]:
@@ -36,7 +23,7 @@ def make(spec: str, seed: int = 0, longest: int | None = None) -> list[Item]:
 @pytest.mark.parametrize(
     "spec",
     [
-        "passkey(lengths=60)",
+        "passkey(lengths=200)",
         "ruler(lengths=400|700,common=4,ratio=3)",
         "code(lengths=200,samples=3)",
         "synthetic(requests=5,input=lognormal:80:0.5,shared=0.3)",
@@ -51,7 +38,7 @@ def test_a_seed_fixes_everything_and_ids_are_unique(spec: str) -> None:
 
 
 def test_the_needle_sits_once_at_its_depth() -> None:
-    items = make("passkey(lengths=60|300,depths=0|0.5|1,keys=2)")
+    items = make("passkey(lengths=240|400,depths=0|0.5|1,keys=2)")
     assert len(items) == 2 * 3 * 2 * 2 * 2
     for item in items:
         (key,) = item.references
@@ -67,7 +54,7 @@ def test_the_needle_sits_once_at_its_depth() -> None:
 def test_essays_of_a_folder_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name, text in (("b.txt", "Second here. Third!"), ("a.txt", "First one.")):
         (tmp_path / name).write_text(text)
-    item = make(f"passkey(texts={tmp_path},lengths=5,depths=1,digits=7)")[0]
+    item = make(f"passkey(texts={tmp_path},lengths=69,depths=1,digits=7)")[0]
     assert item.prompt.split("\n")[1].startswith("First one. Second here. Third! The pass key")
 
 
@@ -90,39 +77,17 @@ def test_code_asks_for_the_line_after_the_context(tmp_path: Path) -> None:
     context = context.removesuffix("Next line of code:\n")
     last = context.rstrip("\n").split("\n")[-1]
     assert lines.index(item.references[0]) == lines.index(last) + 1
-    assert 50 < len(context.split()) <= 100
+    assert 10 < len(context.split()) <= 100 - 64
 
 
 def test_synthetic_shares_a_beginning_and_nothing_more() -> None:
     items = make("synthetic(requests=4,input=fixed:200,output=uniform:3:9,shared=0.5)")
     for item in items:
-        assert 200 <= len(item.prompt.split()) < 240
+        assert 196 <= len(item.prompt.split()) <= 200
         assert 3 <= item.max_tokens <= 9
     a, b = items[0].prompt, items[1].prompt
     same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     assert 0.4 < same / len(a) < 0.7
-
-
-def test_a_mooncake_trace_shares_blocks_and_keeps_its_times(tmp_path: Path) -> None:
-    rows = [
-        {"timestamp": 2000, "input_length": 1024, "output_length": 5, "hash_ids": [7, 9]},
-        {"timestamp": 1000, "input_length": 700, "output_length": 3, "hash_ids": [7, 8]},
-    ]
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    early, late = make(f"trace(file={path})")
-    assert (early.at, late.at) == (1.0, 2.0)
-    assert (early.max_tokens, late.max_tokens) == (3, 5)
-    shared = early.prompt.index("Block 8.")
-    assert early.prompt[:shared] == late.prompt[:shared]
-    assert 690 < len(early.prompt.split()) < 800
-
-
-def test_a_plain_trace_replays_prompts(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text('{"timestamp": 0.5, "prompt": "Hello", "output_length": 2}\n\n')
-    (item,) = make(f"trace(file={path})")
-    assert (item.prompt, item.at, item.max_tokens) == ("Hello", 0.5, 2)
 
 
 def row(**changed: Any) -> str:
@@ -142,8 +107,51 @@ def test_longbench_reads_a_folder_and_cuts_the_middle(tmp_path: Path) -> None:
     assert (qa.references, trec.classes) == (("b", "c"), ("b", "d"))
     assert (qa.max_tokens, trec.max_tokens) == (32, 64)
     # without a cap, what the server takes decides
-    (item, _) = make(f"longbench(folder={tmp_path},tasks=hotpotqa|trec)", longest=32 + 96 + 60)
-    assert len(item.prompt.split(" ")) == 60
+    (item, _) = make(f"longbench(folder={tmp_path},tasks=hotpotqa|trec)", longest=64 + CHAT + 60)
+    assert 64 + 60 - 32 - 5 < len(item.prompt.split()) <= 64 + 60 - 32
+
+
+def test_rows_of_one_id_are_scored_against_their_own_answers(tmp_path: Path) -> None:
+    ids: list[Any] = ["x", "x", None, None, 7, "7", "", "a b\n", "a/b", "\ud800"]
+    rows = [row(_id=name, answers=[f"answer{i}"]) for i, name in enumerate(ids)]
+    rows.append(json.dumps({"context": "c", "input": "i", "answers": ["answer10"]}) + "\n")
+    (tmp_path / "hotpotqa.jsonl").write_text("".join(rows))
+    items = make(f"longbench(folder={tmp_path},tasks=hotpotqa)")
+    by_id = {i.id: i for i in items}
+    assert len(by_id) == len(items) == 11
+    assert [by_id[i.id].references for i in items] == [(f"answer{n}",) for n in range(11)]
+    assert items[0].id == "hotpotqa-0-x"  # the benchmark's is still to be seen
+    assert all(i.id.isascii() and i.id.isprintable() for i in items)
+
+
+@pytest.mark.parametrize("classes", [None, [], "", "[]"])
+def test_trec_without_classes_takes_the_benchmarks(tmp_path: Path, classes: Any) -> None:
+    (tmp_path / "trec.jsonl").write_text(row(answers=["Date"], all_classes=classes))
+    (item,) = make(f"longbench(folder={tmp_path},tasks=trec)")
+    assert len(item.classes) == 50
+    assert score(item, "Date\nQuestion: ...") == 1.0
+    assert score(item, " \nDate") == 1.0
+    assert score(item, "Date, Price") == 0.5
+    assert score(item, "Price") == 0.0
+
+
+@pytest.mark.parametrize("classes", [{"a": 1}, 5, ["a", None], "not a list", "('a',)", [""]])
+def test_classes_that_are_no_list_are_refused(tmp_path: Path, classes: Any) -> None:
+    (tmp_path / "trec.jsonl").write_text(row(all_classes=classes))
+    with pytest.raises(LoadTestError, match=r"trec\.jsonl:1: all_classes is not a list"):
+        make(f"longbench(folder={tmp_path},tasks=trec)")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "hotpotqa.jsonl"
+    path.write_text(row() + "\ufeff" + row(_id="y"), encoding="utf-8-sig")
+    assert len(make(f"longbench(folder={tmp_path},tasks=hotpotqa)")) == 2
+    (tmp_path / "essay.txt").write_text("First one. Second.", encoding="utf-8-sig")
+    assert "\ufeff" not in make(f"passkey(texts={tmp_path},lengths=200,digits=7)")[0].prompt
+    code = "\n".join(f"value_{i} = compute({i})" for i in range(400))
+    (tmp_path / "long.py").write_text(code, encoding="utf-8-sig")
+    (item,) = make(f"code(folder={tmp_path},lengths=1000,samples=1)")
+    assert "\ufeff" not in item.prompt
 
 
 def test_longbench_reads_the_hubs_archive(tmp_path: Path) -> None:
@@ -185,7 +193,12 @@ def test_real_longbench_rows_load() -> None:
         ("synthetic(input=foo)", "allowed: fixed:N"),
         ("synthetic(input=uniform:9:3)", "3 is below 9"),
         ("ruler(tasks=xx)", "should be 'multikey'"),
-        ("ruler(tasks=cwe,lengths=30)", "too few for cwe"),
+        ("ruler(tasks=cwe,lengths=300)", "too few for cwe"),
+        ("ruler(tasks=cwe,lengths=30)", "length 30: too short for cwe"),
+        ("passkey(depths=nan)", "depths.0: Input should be"),
+        ("trace(scale=inf)", "scale: Input should be"),
+        ("synthetic(input=fixed:999999999999999999999)", "more than 100000000 tokens"),
+        ("synthetic(input=lognormal:1000:900)", "above 100000000 tokens"),
         ("longbench(folder=/nowhere)", "/nowhere/narrativeqa.jsonl: .*No such file"),
         (
             "longbench(folder=/nowhere,tasks=foo)",
@@ -198,23 +211,6 @@ def test_real_longbench_rows_load() -> None:
 def test_what_is_wrong_is_named(spec: str, named: str) -> None:
     with pytest.raises(LoadTestError, match=named.replace("|", r"\|")):
         make(spec)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("", "no requests"),
-        ('{"timestamp": 0}\n', ":1: output_length is not a number"),
-        ('{"timestamp": 0, "prompt": "x", "output_length": 1}\n{broken\n', ":2: not JSON"),
-        ("[1]\n", ":1: not a JSON object"),
-        ('{"timestamp": -1, "prompt": "x", "output_length": 1}\n', ":1: timestamp"),
-    ],
-)
-def test_a_broken_line_is_named_with_its_file(tmp_path: Path, text: str, named: str) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text(text)
-    with pytest.raises(LoadTestError, match=f"t.jsonl.*{named}"):
-        make(f"trace(file={path})")
 
 
 def test_tokens_can_be_guessed() -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs import CODECS
 from cache_policies.policy import parse
-from server.capacity import ModelShape, capacity
+from server.capacity import ModelShape, bytes_by_length, capacity
 from server.cli import app
 from server.models import ModelError, get_model, model_path, resolve
 
@@ -42,6 +42,18 @@ def test_edge_layers_count_with_their_own_bytes() -> None:
         capacity(parse("kivi-2bit+layers(first=20,last=10)"), SMOLLM2, 2**30, 8192)
 
 
+@pytest.mark.parametrize("text", ["fp16", "kivi-2bit", "kivi-4bit", "snapkv(budget=512)+kivi-4bit"])
+def test_bytes_are_a_constant_and_a_slope(text: str) -> None:
+    policy = parse(text)
+    constant, slope = bytes_by_length(policy, SMOLLM2)
+    for tokens in (4096, 8192, 65536):
+        found = capacity(policy, SMOLLM2, 2**30, tokens).request_bytes
+        assert constant + slope * tokens == pytest.approx(found)
+    per_token = capacity(policy, SMOLLM2, 2**30, 8192).bytes_per_token
+    assert slope == (0 if "budget" in text else per_token)
+    assert constant >= 0
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 320}
@@ -55,6 +67,8 @@ def test_the_policies_command_lists_every_policy(folder: Path) -> None:
     assert all(name in result.output for name in CODECS)
     # head size 80: the default group of 32 does not divide it, and the table says so
     assert "divide" in result.output
+    constant, slope = bytes_by_length(parse("fp16"), ModelShape(2, 4, 80, torch.float32))
+    assert f"{constant:,.0f} + {slope:,.0f} n" in result.output
 
 
 @pytest.mark.parametrize(

@@ -6,82 +6,20 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
+from vllm import SamplingParams
 
-from cache_policies.errors import PolicyError
-from server.api.middleware import LOG, Limits, PolicyMiddleware
-from server.api.state import ServerState, parse_aliases
+from server.api.asked import CURRENT, Asked
+from server.api.middleware import LOG
 from server.compression import Compressor
+from tests.server.fake import FACTS, Server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starlette.requests import Request
+    import httpx
 
     from server.compression.base import Word
-
-FACTS = {
-    "policy": "snapkv+kivi-4bit", "prompt_tokens": 10, "cached_tokens": 0, "computed_tokens": 20,
-    "kept_tokens": 8, "pages": 2, "bytes": 100, "compression_ratio": 4.0,
-}  # fmt: skip
-
-
-class Server:
-    """An application that answers as vLLM does, and what it was asked."""
-
-    def __init__(self, *, max_body: int = 10_000, max_requests: int | None = None) -> None:
-        self.state = ServerState(names=["m"], aliases={"fast": "snapkv(budget=512)"})
-        self.asked: list[Any] = []
-        self.raw = b"nothing came"
-        self.held = asyncio.Event()
-        self.held.set()
-        routes = [
-            Route(path, self.answer, methods=["POST"])
-            for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/other")
-        ]
-        app = Starlette(routes=routes)
-        self.app = PolicyMiddleware(app, self.state, Limits(max_body, max_requests, log=True))
-
-    async def answer(self, request: Request) -> Any:
-        self.raw = await request.body()
-        try:
-            asked = dict(json.loads(self.raw))
-        except (ValueError, RecursionError, TypeError):
-            return JSONResponse({"error": "not a JSON object"}, 400)
-        self.asked.append(asked)
-        await self.held.wait()
-        for index in range(asked.get("prompts", 1)):
-            self.state.note(f"cmpl-1-{index}", dict(FACTS))
-        self.state.note("cmpl-1-7-0", dict(FACTS))  # of another client, who calls himself 1-7
-        if asked.get("stream"):
-            return StreamingResponse(_events(), media_type="text/event-stream")
-        usage = {"prompt_tokens": 10, "completion_tokens": 3}
-        params = {"kv_cache": FACTS}
-        text = {"text": "ключ"}
-        content = {"id": "cmpl-1", "choices": [text], "usage": usage, "kv_transfer_params": params}
-        return JSONResponse(content)
-
-    def client(self) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app=self.app)
-        return httpx.AsyncClient(transport=transport, base_url="http://server")
-
-    def post(self, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
-        async def run() -> httpx.Response:
-            async with self.client() as client:
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                return await client.post(path, content=content, **options)
-
-        return asyncio.run(run())
-
-
-async def _events() -> Any:
-    yield b'data: {"id":"cmpl-1","choices":[{"text":"a \\"usage\\":{ b"}]}\n\n'
-    yield b'data: {"id":"cmpl-1","choices":[],"usage":{"prompt_tokens":10}}\n\n'
-    yield b"data: [DONE]\n\n"
 
 
 def test_usage_says_what_was_held_and_nothing_else_changes() -> None:
@@ -94,18 +32,69 @@ def test_usage_says_what_was_held_and_nothing_else_changes() -> None:
 
 
 def test_facts_of_several_prompts_are_added() -> None:
-    held = Server().post({"model": "m", "prompts": 2}).json()["usage"]["kv_cache"]
+    held = Server().post({"model": "m", "prompts": ["a", "bc"]}).json()["usage"]["kv_cache"]
     assert (held["pages"], held["bytes"], held["kept_tokens"]) == (4, 200, 16)
+    assert held["prompt_tokens"] == 3
     assert (held["policy"], held["compression_ratio"]) == ("snapkv+kivi-4bit", 4.0)
 
 
+def usages(text: str) -> list[dict[str, Any]]:
+    chunks = [json.loads(x[6:]) for x in text.split("\n\n") if x.startswith("data: {")]
+    return [c["usage"] for c in chunks if "usage" in c]
+
+
 def test_the_last_chunk_of_a_stream_says_it_too() -> None:
-    server = Server()
-    events = server.post({"model": "m", "stream": True}).text.split("\n\n")
+    answer = Server().post({"model": "m", "stream": True}).text
+    events = answer.split("\n\n")
     assert json.loads(events[0][6:])["choices"] == [{"text": 'a "usage":{ b'}]
-    assert json.loads(events[1][6:])["usage"] == {"prompt_tokens": 10, "kv_cache": FACTS}
-    assert events[2] == "data: [DONE]"
-    assert list(server.state.facts) == ["cmpl-1-7-0"]
+    first, last = usages(answer)
+    assert first == {"prompt_tokens": 10}
+    assert last == {"prompt_tokens": 10, "kv_cache": FACTS}
+    assert events[3] == "data: [DONE]"
+
+
+def test_what_was_held_belongs_to_a_request_and_not_to_the_id_a_client_chose() -> None:
+    """A stream, and beside it a request of the same id that ends before it and is read after."""
+    server = Server()
+
+    async def run() -> tuple[str, httpx.Response]:
+        server.engine.gates = {"short": asyncio.Event()}
+        same: dict[str, Any] = {"headers": {"X-Request-Id": "mine"}}
+        async with server.client() as client:
+            streamed = asyncio.create_task(
+                client.post("/v1/completions", json={"stream": True, "prompts": ["short"]}, **same)
+            )
+            while not server.engine.methods:
+                await asyncio.sleep(0)
+            whole = await client.post("/v1/completions", json={"prompts": ["x" * 1000]}, **same)
+            server.engine.gates["short"].set()
+            return (await streamed).text, whole
+
+    text, whole = asyncio.run(run())
+    assert whole.json()["usage"]["kv_cache"]["prompt_tokens"] == 1000
+    assert [u.get("kv_cache", {}).get("prompt_tokens") for u in usages(text)] == [None, 5]
+
+
+def test_of_beams_nothing_is_said_and_a_policy_for_them_is_refused() -> None:
+    server = Server()
+    answer = server.post({"model": "m", "use_beam_search": True}).json()
+    assert "kv_cache" not in answer["usage"]
+    for body in ({"model": "fast"}, {"model": "m", "vllm_xargs": {"cache_policy": "h2o"}}):
+        refused(server.post({**body, "use_beam_search": True}), 400, "beam search")
+
+
+def test_a_generation_ends_when_its_reader_goes() -> None:
+    server = Server()
+
+    async def run() -> None:
+        token = CURRENT.set(Asked())
+        outputs = server.engine.generate("x", SamplingParams(), "1")
+        await anext(outputs)
+        await outputs.aclose()
+        CURRENT.reset(token)
+
+    asyncio.run(run())
+    assert server.engine.closed == 1
 
 
 @pytest.mark.parametrize(
@@ -272,24 +261,3 @@ def test_a_log_line_says_who_and_what_but_no_text(caplog: pytest.LogCaptureFixtu
     }  # fmt: skip
     assert second["status"] == 413
     assert "secret" not in caplog.text
-
-
-def test_facts_that_no_response_takes_do_not_pile_up() -> None:
-    state = ServerState()
-    for index in range(10_000):
-        state.note(str(index), {})
-    assert len(state.facts) <= 4096
-    assert "9999" in state.facts
-
-
-def test_aliases() -> None:
-    assert parse_aliases(["a=snapkv( budget = 50 )"], ["m"]) == {"a": "snapkv(budget=50)"}
-    for texts, says in (
-        (["a"], "is not NAME=METHOD"),
-        (["m=h2o"], "is a model name already"),
-        (["a=h2o", "a=tova"], "is a model name already"),
-        (["a=kivi-4bit"], "cannot choose the codec"),
-        (["a=foo"], "unknown cache policy"),
-    ):
-        with pytest.raises(PolicyError, match=says):
-            parse_aliases(texts, ["m"])

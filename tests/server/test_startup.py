@@ -77,3 +77,31 @@ def test_what_a_user_can_mend_is_explained_and_nothing_else() -> None:
     assert "smollm2-135m" in says
     assert startup.explain(OSError(errno.ENOSPC, "full"), arguments()) is None
     assert startup.explain(ValueError("x"), arguments()) is None
+
+
+def test_few_cores_all_compute_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(cores: int, **given: str) -> tuple[str, str | None]:
+        for name in (startup.BIND, startup.RESERVED):
+            monkeypatch.setenv(name, "")  # so that the change is undone
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        return startup.choose_threads(cores), os.environ.get(startup.RESERVED)
+
+    says, reserved = chosen(2)
+    assert ("all cores compute (2)" in says, reserved) == (True, "0")
+    assert chosen(2, VLLM_CPU_OMP_THREADS_BIND="auto")[1] == "0"  # compose's default
+    says, reserved = chosen(64)
+    assert ("one of 64 cores is left" in says, reserved) == (True, None)
+    says, reserved = chosen(2, VLLM_CPU_NUM_OF_RESERVED_CPU="1")
+    assert (says, reserved) == ("threads: VLLM_CPU_NUM_OF_RESERVED_CPU=1", "1")
+    says, reserved = chosen(2, VLLM_CPU_OMP_THREADS_BIND="0-1")
+    assert (says, reserved) == ("threads: VLLM_CPU_OMP_THREADS_BIND=0-1", None)
+
+
+def test_a_variable_that_is_almost_ours_is_named() -> None:
+    assert startup.misspelt(["KVTHRIFT_CACHE", "PATH", "HF_HOME", "KVTHRIFT_TAG"]) == []
+    (said,) = startup.misspelt(["KVTHRIFT_CACHE_DIR"])
+    assert said == "KVTHRIFT_CACHE_DIR is not used; did you mean KVTHRIFT_CACHE?"

@@ -5,11 +5,12 @@
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "layout.h"
+#include "call.h"
 
 namespace nb = nanobind;
 
@@ -72,7 +73,7 @@ class Layer {
 
   void set_batch(int num_seqs, intptr_t query_start, intptr_t stored, intptr_t ring,
                  intptr_t stored_after, intptr_t appended, intptr_t store_row, intptr_t block_table,
-                 int64_t row_stride) {
+                 int64_t row_stride, intptr_t slots, int64_t slot_row) {
     call_.batch = Batch{num_seqs,
                         address<const int32_t>(query_start),
                         address<const int32_t>(stored),
@@ -81,7 +82,9 @@ class Layer {
                         address<const int32_t>(appended),
                         address<const int32_t>(store_row),
                         address<const int32_t>(block_table),
-                        row_stride};
+                        row_stride,
+                        address<const int32_t>(slots),
+                        slot_row};
   }
 
   void set_pages(intptr_t pages, int64_t page_stride, int64_t head_stride) {
@@ -91,10 +94,10 @@ class Layer {
   }
 
   // addresses of 0: no mass is counted, all pages are read
-  void set_options(intptr_t first_query, intptr_t first_token, intptr_t out, intptr_t stride,
+  void set_options(intptr_t first_query, intptr_t first_token, intptr_t place, intptr_t out, int64_t stride,
                    intptr_t reads, intptr_t read_count, int64_t read_width) {
     call_.mass = {address<const int32_t>(first_query), address<const int32_t>(first_token),
-                  address<const int64_t>(out), address<const int64_t>(stride)};
+                  address<const int32_t>(place), address<float>(out), stride};
     call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count), read_width};
   }
 
@@ -103,7 +106,7 @@ class Layer {
     set_tensors(key, key_stride, value, value_stride, num_threads);
     call_.query = {address<char>(query), query_stride};
     call_.output = {address<char>(output), output_stride};
-    kernels_.attend(call_);
+    if (!kernels_.attend(call_)) throw std::bad_alloc();
   }
 
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
@@ -112,19 +115,22 @@ class Layer {
   }
 
   void read(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, intptr_t index,
-            int count, intptr_t key_out, intptr_t value_out, int num_threads) {
+            intptr_t start, int64_t count, intptr_t key_out, intptr_t value_out, int num_threads) {
     set_tensors(key, key_stride, value, value_stride, num_threads);
-    kernels_.read(call_, address<const int32_t>(index), count, address<float>(key_out),
-                  address<float>(value_out));
+    kernels_.read(call_, moved(index, start, count, key_out, value_out));
   }
 
-  void write(intptr_t index, int count, intptr_t key, intptr_t value, int num_threads) {
+  void write(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value, int num_threads) {
     set_tensors(0, 0, 0, 0, num_threads);
-    kernels_.write(call_, address<const int32_t>(index), count, address<float>(key),
-                   address<float>(value));
+    kernels_.write(call_, moved(index, start, count, key, value));
   }
 
  private:
+  static Moved moved(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value) {
+    return {address<const int32_t>(index), address<const int32_t>(start), count, address<float>(key),
+            address<float>(value)};
+  }
+
   void set_tensors(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int threads) {
     call_.key = {address<char>(key), key_stride};
     call_.value = {address<char>(value), value_stride};

@@ -4,7 +4,11 @@
 // same reason.
 #pragma once
 
+#if defined(KV_SANITIZE)  // checks in code inlined a hundred times take minutes to compile
+#define KV_INLINE static inline
+#else
 #define KV_INLINE static inline __attribute__((always_inline))
+#endif
 
 KV_INLINE float bits_to_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
 KV_INLINE uint32_t float_to_bits(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
@@ -223,5 +227,7 @@ KV_INLINE fw fw_exp2(fw x) {
 }
 
 KV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
+KV_INLINE int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
 KV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
 KV_INLINE float max_float(float a, float b) { return a > b ? a : b; }
+KV_INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }

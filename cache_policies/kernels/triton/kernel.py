@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cache_policies.errors import PolicyError
+from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.kernels.triton import plans
-from cache_policies.kernels.triton.counts import Counts, counts_of
 from cache_policies.kernels.triton.device import attend as attending
 from cache_policies.kernels.triton.device import encode as encoding
 from cache_policies.kernels.triton.device.mass import mass as count_mass
 from cache_policies.kernels.triton.device.read import read as read_tokens
 from cache_policies.kernels.triton.launch import launch
 from cache_policies.kernels.triton.page import Page, interpreting
+from cache_policies.kernels.triton.tasks import tasks_of
 from cache_policies.pages.codecs.packing import PLANES
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
+    from cache_policies.kernels.triton.tasks import Tasks
     from cache_policies.pages.layout import PageLayout
 
 LOG2_E = 1.4426950408889634
@@ -61,43 +65,40 @@ class TritonKernel:
         mass: Mass | None = None,
         reads: Reads | None = None,
     ) -> None:
-        self._check(pages, query=query, key=key, value=value, output=output)
-        counts = self._counts(batch, pages)
-        chosen = _Chosen(reads, counts)
-        lse = None
+        self._check(pages, batch, query=query, key=key, value=value, output=output)
+        chosen, lse = _Chosen(reads, batch), None
         if mass is not None:
             lse = torch.empty(*query.shape[:2], dtype=torch.float32, device=pages.device)
-        place = batch.block_table, chosen
-        if len(counts.many):
-            self._attend(counts, counts.many, pages, place, (query, key, value, output), lse, 0)
-        if len(counts.few):
-            splits = self._splits(counts)
-            self._attend(counts, counts.few, pages, place, (query, key, value, output), lse, splits)
+        few, many = tasks_of(batch, self._group, self.tiles.many_rows)
+        tensors = query, key, value, output
+        if len(many):
+            self._attend(batch, many, pages, chosen, tensors, lse, 0)
+        if len(few):
+            self._attend(batch, few, pages, chosen, tensors, lse, self._splits(batch, few))
         if mass is not None:
             assert lse is not None
-            self._mass(counts, mass, pages, place, query, key, lse)
+            self._mass(batch, mass, pages, chosen, query, key, lse)
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        self._check(pages, key=key, value=value)
-        counts, tiles, table = self._counts(batch, pages), self.tiles, batch.block_table
+        self._check(pages, batch, key=key, value=value)
+        counts, host, tiles, table = batch.device_counts, batch.host, self.tiles, batch.block_table
         seqs, heads = batch.num_seqs, self.shape.num_kv_heads
-        host, span = counts.host, tiles.span
-        spans = -(-host["stored_after"] // span) - host["stored"] // span
-        spans = spans[host["stored_after"] > host["stored"]]
         strides = table.stride(0), key.stride(0), value.stride(0), pages.stride(0), pages.stride(1)
+        parts = -(-host.stored_after // tiles.span) - host.stored // tiles.span
+        parts = parts[host.stored_after > host.stored]
         launch(
-            encoding.absorb, (int(spans.max(initial=0)), seqs, heads * tiles.parts),
+            encoding.absorb, (int(parts.max(initial=0)), seqs, heads * tiles.parts),
             key, value, counts.query_start, counts.stored, counts.ring, counts.stored_after,
             counts.store_row, pages, table, *strides,
-            PAGE=self.page, SPAN=span, WIDTH=tiles.part_width, warps=tiles.warps, fusion=False,
+            PAGE=self.page, SPAN=tiles.span, WIDTH=tiles.part_width, warps=tiles.warps,
+            fusion=False,
         )  # fmt: skip
-        left = host["ring"] + host["appended"] - host["stored_after"] + host["stored"]
-        left = left[(host["appended"] > 0)]
-        spans_left = -(-int(left.max(initial=0)) // tiles.ring_span) if self.layout.residual else 0
+        left = host.ring + host.appended - host.stored_after + host.stored
+        most = int(left[host.appended > 0].max(initial=0)) if self.layout.residual else 0
         launch(
-            encoding.keep_ring, (spans_left, seqs, heads),
+            encoding.keep_ring, (-(-most // tiles.ring_span), seqs, heads),
             key, value, counts.query_start, counts.ring, counts.stored, counts.stored_after,
             counts.appended, pages, table, *strides, PAGE=self.page, SPAN=tiles.ring_span,
         )  # fmt: skip
@@ -109,20 +110,26 @@ class TritonKernel:
         key: torch.Tensor,
         value: torch.Tensor,
         index: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(pages, key=key, value=value)
-        start, stop, stored, ring, row = _one(batch)
-        count = stored + ring + stop - start if index is None else index.shape[1]
-        shape = (2, self.shape.num_kv_heads, count, self.layout.head_size)
+        self._check(pages, batch, key=key, value=value)
+        if index is None:
+            numbers, start = all_tokens(batch.host)
+            index = numbers.expand(self.shape.num_kv_heads, -1)
+        index, host = _int32("index", index, pages), batch.host
+        shape = (2, *index.shape, self.layout.head_size)
         out = torch.empty(shape, dtype=torch.float32, device=pages.device)
         block = self.tiles.ring_span
-        launch(
-            read_tokens, (-(-count // block), self.shape.num_kv_heads),
-            out if index is None else _int32("index", index, pages), key, value, out[0], out[1],
-            stored, ring, start, count, pages, batch.block_table[0], row,
-            key.stride(0), value.stride(0), pages.stride(0), pages.stride(1),
-            PAGE=self.page, BLOCK=block, INDEX=index is not None, fusion=False,
-        )  # fmt: skip
+        for seq, (first, end) in enumerate(pairwise(spans(host, index.shape[1], start))):
+            fresh = int(host.query_start[seq] + host.appended[seq])
+            launch(
+                read_tokens, (-(-(end - first) // block), self.shape.num_kv_heads),
+                index[:, first:], key, value, out[0, :, first:], out[1, :, first:],
+                int(host.stored[seq]), int(host.ring[seq]), fresh, end - first, index.shape[1],
+                pages, batch.block_table[seq], int(host.store_row[seq]),
+                key.stride(0), value.stride(0), pages.stride(0), pages.stride(1),
+                PAGE=self.page, BLOCK=block, fusion=False,
+            )  # fmt: skip
         return out[0], out[1]
 
     def write(
@@ -132,35 +139,48 @@ class TritonKernel:
         index: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        start: torch.Tensor | None = None,
     ) -> None:
-        self._check(pages)
-        _, _, stored, ring, row = _one(batch)
-        held, count, tiles = stored + ring, index.shape[1], self.tiles
-        wanted = (self.shape.num_kv_heads, count, self.layout.head_size)
+        self._check(pages, batch)
+        wanted = (self.shape.num_kv_heads, index.shape[1], self.layout.head_size)
         for x in (key, value):
             _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
             _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
+        index = _int32("index", index, pages)
+        for seq, (first, end) in enumerate(pairwise(spans(batch.host, index.shape[1], start))):
+            if end > first:
+                part = slice(first, end)
+                self._write(pages, batch, seq, index[:, part], key[:, part], value[:, part])
+
+    def _write(
+        self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor,
+        key: torch.Tensor, value: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Tokens of one request."""
+        host, tiles, stride = batch.host, self.tiles, key.stride(0) // self.layout.head_size
+        stored, ring, row = int(host.stored[seq]), int(host.ring[seq]), int(host.store_row[seq])
         if self.page.by_channel:
-            _require(count == held, "write all tokens, in order")
-        inverse = _inverse(_int32("index", index, pages), held)
-        for ring_part, slots, span in ((False, stored, tiles.span), (True, ring, tiles.ring_span)):
-            width = self.page.width if ring_part else tiles.part_width
-            parts = 1 if ring_part else tiles.parts
+            _require(index.shape[1] == stored + ring, "write all tokens, in order")
+        inverse = _inverse(index, stored + ring)
+        for in_ring, slots, span in ((False, stored, tiles.span), (True, ring, tiles.ring_span)):
+            width, parts = (self.page.width, 1) if in_ring else (tiles.part_width, tiles.parts)
             launch(
                 encoding.write, (-(-slots // span), self.shape.num_kv_heads * parts),
-                inverse, key, value, stored, held, count, pages, batch.block_table[0], row,
-                pages.stride(0), pages.stride(1), PAGE=self.page, SPAN=span, WIDTH=width,
-                RING=ring_part, warps=tiles.warps, fusion=False,
+                inverse, key, value, stored, stored + ring, stride, pages,
+                batch.block_table[seq], row, pages.stride(0), pages.stride(1),
+                PAGE=self.page, SPAN=span, WIDTH=width, RING=in_ring, warps=tiles.warps,
+                fusion=False,
             )  # fmt: skip
 
     # ---- attention
 
     def _attend(
-        self, counts: Counts, tasks: Any, pages: torch.Tensor, place: Any, tensors: Any,
+        self, batch: Batch, tasks: Tasks, pages: torch.Tensor, chosen: _Chosen, tensors: Any,
         lse: torch.Tensor | None, splits: int,
     ) -> None:  # fmt: skip
         """All blocks of ``tasks``; with their stores split if ``splits`` is not 0."""
-        (query, key, value, output), (table, chosen) = tensors, place
+        (query, key, value, output), table = tensors, batch.block_table
+        counts, tiles = batch.device_counts, self.tiles
         heads, lines = self.shape.num_heads, tasks.lines.shape[0] if splits else 0
         shape = (lines, heads, splits + 1)
         sums = torch.empty(*shape, self.layout.head_size, dtype=torch.float32, device=pages.device)
@@ -173,10 +193,9 @@ class TritonKernel:
             chosen.count, self.shape.scale * LOG2_E, splits, chosen.width, table.stride(0),
             query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=plans.FEW_ROWS if splits else self.tiles.many_rows,
-            BLOCK=self.tiles.block, RECENT=self.tiles.recent, SPLIT=splits > 0,
-            READS=chosen.any, LSE=lse is not None,
-            warps=self.tiles.warps if splits else self.tiles.many_warps, stages=self.tiles.stages,
+            PAGE=self.page, M=plans.FEW_ROWS if splits else tiles.many_rows, BLOCK=tiles.block,
+            RECENT=tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
+            warps=tiles.warps if splits else tiles.many_warps, stages=tiles.stages,
         )  # fmt: skip
         if splits:
             launch(
@@ -186,59 +205,45 @@ class TritonKernel:
             )  # fmt: skip
 
     def _mass(
-        self, counts: Counts, mass: Mass, pages: torch.Tensor, place: Any, query: torch.Tensor,
-        key: torch.Tensor, lse: torch.Tensor,
+        self, batch: Batch, mass: Mass, pages: torch.Tensor, chosen: _Chosen,
+        query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Count in the given tensors; addresses are differences to that of the first of them."""
-        outs = [out for out in mass.out if out is not None]
-        if not outs:
-            return
-        (table, chosen), tiles, host = place, self.tiles, counts.host
-        first, base = outs[0], outs[0].data_ptr()
-        offsets, strides = [
-            torch.tensor(x).to(pages.device, non_blocking=True)
-            for x in (
-                [-1 if out is None else (out.data_ptr() - base) // 4 for out in mass.out],
-                [0 if out is None else out.stride(0) for out in mass.out],
-            )
-        ]
-        count = sum(
-            -(-host_count // size)
-            for host_count, size in (
-                (host["stored"], tiles.block),
-                (host["ring"], tiles.recent),
-                (counts.fresh, tiles.recent),
-            )
-        )
-        since = (
-            x.to(pages.device, non_blocking=True) for x in (mass.first_query, mass.first_token)
-        )
+        """Count the mass of every token, a program for each tile of tokens."""
+        out, tiles, host, table = mass.out, self.tiles, batch.host, batch.block_table
+        _require(out.dtype == torch.float32 and out.stride(1) == 1, "mass: float32")
+        _require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
+        _require(out.device == pages.device, "mass and pages on one device")
+        fresh, counts = host.query_start[1:] - host.query_start[:-1], batch.device_counts
+        ends = mass.place.numpy() + host.stored + host.ring + fresh
+        counted = mass.place.numpy() >= 0
+        _require(int(ends[counted].max(initial=0)) <= out.shape[1], "mass: too few places")
+        count = -(-host.stored // tiles.block) - (-host.ring // tiles.recent)
+        count = (count - (-fresh // tiles.recent))[counted]
         launch(
-            count_mass, (int(count.max()), len(mass.out), self.shape.num_kv_heads),
+            count_mass, (int(count.max(initial=0)), batch.num_seqs, self.shape.num_kv_heads),
             query, key, lse, counts.query_start, counts.stored, counts.ring, counts.store_row,
-            *since, offsets, strides, first, pages, table, chosen.pages, chosen.count,
-            self.shape.scale * LOG2_E, chosen.width, table.stride(0), query.stride(0),
-            key.stride(0), pages.stride(0), pages.stride(1),
+            *mass.device_counts, out, pages, table, chosen.pages, chosen.count,
+            self.shape.scale * LOG2_E, out.stride(0), chosen.width, table.stride(0),
+            query.stride(0), key.stride(0), pages.stride(0), pages.stride(1),
             PAGE=self.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent,
             READS=chosen.any, warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
 
-    def _splits(self, counts: Counts) -> int:
+    def _splits(self, batch: Batch, few: Tasks) -> int:
         """Parts of a store, so that all programs together fill the GPU."""
-        tiles = -(-int(counts.host["stored"].max()) // self.tiles.block)
-        programs = len(counts.few) * self.shape.num_kv_heads
-        wanted = self.splits or -(-_programs(counts.stored.device) // programs)
+        tiles = -(-int(batch.host.stored.max()) // self.tiles.block)
+        programs = len(few) * self.shape.num_kv_heads
+        wanted = self.splits or -(-_programs(batch.block_table.device) // programs)
         return max(1, min(wanted, tiles, plans.MOST_SPLITS))
 
     # ---- checks
 
-    def _counts(self, batch: Batch, pages: torch.Tensor) -> Counts:
+    def _check(self, pages: torch.Tensor, batch: Batch, **tensors: torch.Tensor) -> None:
         table = batch.block_table
         _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
         _require(table.device == pages.device, "block_table and pages on one device")
-        return counts_of(batch, pages.device, self._group, self.tiles.many_rows)
-
-    def _check(self, pages: torch.Tensor, **tensors: torch.Tensor) -> None:
+        if batch.slots is not None:
+            raise PolicyError("the triton kernel does not know heads that own unequal page slots")
         _require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")
         _require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
         for name, x in tensors.items():
@@ -253,22 +258,15 @@ class TritonKernel:
 class _Chosen:
     """``Reads`` on the device; where there are none, the counts stand in for both tensors."""
 
-    def __init__(self, reads: Reads | None, counts: Counts) -> None:
+    def __init__(self, reads: Reads | None, batch: Batch) -> None:
         self.any, self.width = reads is not None, 0
-        self.pages = self.count = counts.stored
+        self.pages = self.count = batch.device_counts.stored
         if reads is not None:
-            device = counts.stored.device
+            device = batch.block_table.device
             self.width = reads.pages.shape[2]
             self.pages = reads.pages.to(device, non_blocking=True).contiguous()
             self.count = reads.count.to(device, non_blocking=True).contiguous()
             _require(self.pages.dtype == self.count.dtype == torch.int32, "reads: int32")
-
-
-def _one(batch: Batch) -> tuple[int, int, int, int, int]:
-    """Fresh tokens, counts and first store page of a batch of one request, on the host."""
-    _require(batch.num_seqs == 1, "a batch of one request is read and written")
-    start, stop = batch.query_start.tolist()
-    return start, stop, int(batch.stored[0]), int(batch.ring[0]), int(batch.store_row[0])
 
 
 def _inverse(index: torch.Tensor, held: int) -> torch.Tensor:

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs.affine import AffineCodec
+from cache_policies.pages.codecs.flexgen import FlexGen
 from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.kivi import Kivi
 from cache_policies.pages.codecs.packing import PLANES
 from cache_policies.pages.codecs.plain import Raw
 
@@ -122,13 +124,16 @@ class Page:
 
 def _kind(layout: PageLayout) -> tuple[str, Any]:
     codec = layout.codec
-    if isinstance(codec, AffineCodec):
+    if isinstance(codec, (FlexGen, Kivi)):
         return CODES, tl.uint16
     if isinstance(codec, Int8):
         return INT8, tl.int8
     if isinstance(codec, Raw):
         return PLAIN, TYPES[codec.dtype(layout.model_dtype)]
-    raise PolicyError(f"the triton kernel does not know the codec {codec}")
+    raise PolicyError(
+        f"the triton kernel does not know the codec {codec}; it knows raw, fp16, bf16, int8, "
+        "flexgen-4bit and kivi"
+    )
 
 
 def _dot(stored: Any) -> Any:

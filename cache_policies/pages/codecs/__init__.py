@@ -1,4 +1,4 @@
-"""All codecs by the name a user writes. ``kivi-4bit`` and ``kivi-2bit`` are presets of KIVI."""
+"""All codecs by the name a user writes. ``kivi-4bit`` and the like are presets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cache_policies.pages.codecs.flexgen import FlexGen
 from cache_policies.pages.codecs.int8 import Int8
 from cache_policies.pages.codecs.kivi import Kivi
 from cache_policies.pages.codecs.plain import Bf16, Fp16, Raw
+from cache_policies.pages.codecs.rotated import Rotated
 
 if TYPE_CHECKING:
     from cache_policies.pages.codecs.base import Codec
@@ -42,4 +43,7 @@ CODECS: dict[str, CodecEntry] = {
     "kivi-4bit": CodecEntry(Kivi, (("k_bits", 4), ("v_bits", 4))),
     "kivi-2bit": CodecEntry(Kivi, (("k_bits", 2), ("v_bits", 2))),
     "kivi": CodecEntry(Kivi),
+    "rotated-4bit": CodecEntry(Rotated, (("k_bits", 4), ("v_bits", 4))),
+    "rotated-3bit": CodecEntry(Rotated, (("k_bits", 3), ("v_bits", 3))),
+    "rotated": CodecEntry(Rotated),
 }

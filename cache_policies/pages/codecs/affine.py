@@ -1,7 +1,7 @@
-"""Min-max quantized pages: the part KIVI and FlexGen share.
+"""Min-max quantized pages: the part that KIVI, FlexGen and the rotated codecs share.
 
 Values are always quantized per token, in groups of channels. Keys are quantized per
-channel in groups of tokens (KIVI) or per token in groups of channels (FlexGen).
+channel in groups of tokens (KIVI) or per token in groups of channels (the others).
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class AffineCodec(Codec):
     def keys_per_channel(self) -> bool:
         """True: key groups run over tokens. False: over channels, like value groups."""
 
+    def channel_group(self, head_size: int) -> int:
+        """Channels of a token that share a scale."""
+        return self.divisor
+
     def fields(
         self,
         head_size: int,
@@ -42,7 +46,7 @@ class AffineCodec(Codec):
         model_dtype: torch.dtype,
         packed: str = packing.LANES,
     ) -> tuple[Field, ...]:
-        by_token = (head_size // self.divisor, page_tokens)
+        by_token = (head_size // self.channel_group(head_size), page_tokens)
         by_channel = (page_tokens // self.divisor, head_size)
         key_scales = by_channel if self.keys_per_channel else by_token
         return (
@@ -76,7 +80,8 @@ class AffineCodec(Codec):
     def _write_by_token(
         self, views: Views, name: str, bits: int, start: int, x: torch.Tensor
     ) -> torch.Tensor:
-        codes, scale, minimum = packing.quantize(x.unflatten(2, (-1, self.divisor)), bits, axis=3)
+        groups = x.unflatten(2, (-1, self.channel_group(x.shape[2])))
+        codes, scale, minimum = packing.quantize(groups, bits, axis=3)
         span = slice(start, start + x.shape[1])
         views[f"{name}_scale"][:, :, span] = scale.squeeze(3).transpose(1, 2)
         views[f"{name}_min"][:, :, span] = minimum.squeeze(3).transpose(1, 2)
@@ -97,4 +102,5 @@ class AffineCodec(Codec):
         count = codes.shape[1]
         scale = views[f"{name}_scale"].float()[:, :, :count].transpose(1, 2)[..., None]
         minimum = views[f"{name}_min"].float()[:, :, :count].transpose(1, 2)[..., None]
-        return (codes.unflatten(2, (-1, self.divisor)) * scale + minimum).flatten(2)
+        groups = codes.unflatten(2, (-1, self.channel_group(codes.shape[2])))
+        return (groups * scale + minimum).flatten(2)

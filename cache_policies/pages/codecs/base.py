@@ -28,6 +28,7 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     loses: ClassVar[str]
+    ROTATES: ClassVar[bool] = False  # pages hold keys and values under ``rotation.rotate``
 
     @property
     def residual(self) -> int:

@@ -1,4 +1,4 @@
-"""Bit-packed code layouts shared by KIVI and FlexGen, and min-max quantization.
+"""Bit-packed code layouts of the min-max codecs, and min-max quantization.
 
 A kernel names the packing that it reads (``Kernel.packing``); the page layout declares it, and the
 codec follows the type of the declared field. Both packings take the same number of bytes.
@@ -10,9 +10,11 @@ AVX-512 ``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) 
 * values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.
 
 A vector is 32 bytes of codes. With ``bits`` per code, ``8 / bits`` vectors share 32 bytes:
-vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``.
+vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the low
+two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of vector
+``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
 
-``planes``, 16-bit words, for GPUs: with ``n = 16 / bits`` codes a word, bit field ``s`` of word
+``planes``, 16-bit words, for GPUs, of 2, 4 or 8 bits: with ``n = 16 / bits`` codes a word, bit field ``s`` of word
 ``[g, i, c]`` holds the code of token ``32 g + s * 32 / n + i`` and channel ``c``, so that one shift
 of a tile of words gives a tile of codes, and neighbouring threads read neighbouring channels.
 """
@@ -28,12 +30,18 @@ BITS = (2, 4, 8)
 LANES, PLANES = "lanes", "planes"
 SPAN = 32  # tokens packed together
 FP16_MAX = torch.finfo(torch.float16).max
+_HIGH_BIT = (torch.arange(4)[:, None] + 4 * torch.arange(2)).to(torch.uint8)[..., None]
 
 
-def check_bits(name: str, bits: int) -> None:
-    """Raise PolicyError unless ``bits`` can be packed."""
-    if bits not in BITS:
-        raise PolicyError(f"{name}={bits} is not one of {BITS}")
+def check_bits(name: str, bits: int, allowed: tuple[int, ...] = BITS) -> None:
+    """Raise PolicyError unless ``bits`` is allowed."""
+    if bits not in allowed:
+        raise PolicyError(f"{name}={bits} is not one of {allowed}")
+
+
+def block_shape(bits: int) -> tuple[int, int]:
+    """Bytes of four vectors."""
+    return (3, 16) if bits == 3 else (bits // 2, 32)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +65,12 @@ def quantize(x: torch.Tensor, bits: int, axis: int) -> tuple[torch.Tensor, ...]:
 
 
 def _merge(vectors: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[..., 4, 8, 4]`` codes -> ``[..., bits / 2, 32]`` bytes."""
+    """``[..., 4, 8, 4]`` codes -> ``[..., *block_shape(bits)]`` bytes."""
+    if bits == 3:
+        low = _merge(vectors & 3, 2).unflatten(-1, (2, 16)).flatten(-3, -2)
+        halves = (vectors >> 2).flatten(-2).unflatten(-1, (2, 16))
+        high = (halves << _HIGH_BIT).sum((-3, -2), dtype=torch.uint8)
+        return torch.cat([low, high[..., None, :]], -2)
     per_byte = 8 // bits
     split = vectors.flatten(-2).unflatten(-2, (4 // per_byte, per_byte))
     shifts = (torch.arange(per_byte) * bits).to(torch.uint8)[:, None]
@@ -66,6 +79,10 @@ def _merge(vectors: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of ``_merge``."""
+    if bits == 3:
+        low = _split(packed[..., :2, :].flatten(-2)[..., None, :], 2)
+        high = (packed[..., 2:, None, :] >> _HIGH_BIT) & 1
+        return low | (high.flatten(-2).unflatten(-1, (8, 4)) << 2)
     shifts = (torch.arange(8 // bits) * bits).to(torch.uint8)[:, None]
     codes = (packed[..., None, :] >> shifts) & (2**bits - 1)
     return codes.flatten(-3, -2).unflatten(-1, (8, 4))
@@ -89,19 +106,27 @@ def unpack_planes(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def key_field(packed: str, page_tokens: int, head_size: int, bits: int) -> Field:
     """Declare key codes in a packing."""
     if packed == PLANES:
-        return Field("key", torch.int16, (page_tokens // SPAN, 2 * bits, head_size))
-    return Field("key", torch.uint8, (page_tokens // SPAN, head_size // 4, bits // 2, 32))
+        return Field("key", torch.int16, _plane_shape(page_tokens, head_size, bits))
+    return Field("key", torch.uint8, (page_tokens // SPAN, head_size // 4, *block_shape(bits)))
 
 
 def value_field(packed: str, page_tokens: int, head_size: int, bits: int) -> Field:
     """Declare value codes in a packing."""
     if packed == PLANES:
-        return Field("value", torch.int16, (page_tokens // SPAN, 2 * bits, head_size))
-    return Field("value", torch.uint8, (head_size // 8, page_tokens // 16, bits // 2, 32))
+        return Field("value", torch.int16, _plane_shape(page_tokens, head_size, bits))
+    return Field("value", torch.uint8, (head_size // 8, page_tokens // 16, *block_shape(bits)))
+
+
+def _plane_shape(page_tokens: int, head_size: int, bits: int) -> tuple[int, int, int]:
+    if bits not in BITS:
+        raise PolicyError(
+            f"codes of {bits} bits have no packing for the triton kernel; bits that do: {BITS}"
+        )
+    return page_tokens // SPAN, 2 * bits, head_size
 
 
 def pack_keys(codes: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, channels / 4, bits / 2, 32]``.
+    """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, channels / 4, *block_shape]``.
 
     As ``pack_planes`` for int16, the type of a field of planes.
     """
@@ -120,7 +145,7 @@ def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_values(codes: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    """``[heads, tokens, channels]`` -> ``[heads, channels / 8, tokens / 16, bits / 2, 32]``.
+    """``[heads, tokens, channels]`` -> ``[heads, channels / 8, tokens / 16, *block_shape]``.
 
     As ``pack_planes`` for int16, the type of a field of planes.
     """

@@ -166,7 +166,8 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
             kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]))
         note(name, *calls)
     first = torch.zeros(2, dtype=torch.int32)
-    mass = Mass(first, first, [torch.zeros(heads, 1024), None])
+    place = torch.tensor([0, -1], dtype=torch.int32)
+    mass = Mass(first, first, place, torch.zeros(heads, 1024))
     reads = Reads(torch.zeros(2, heads, 4, dtype=torch.int32), first[:, None].expand(2, heads))
     batch, tokens = setup.batch([512, 512], [1, 1]), setup.tokens(2, 0)
     with recorded() as calls:

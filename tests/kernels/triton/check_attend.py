@@ -5,6 +5,8 @@ Run by ``test_triton`` in Triton's interpreter, and by ``make gpu-check`` on a G
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 
 from cache_policies.errors import PolicyError
 from tests.kernels.harness import TOLERANCE, Setup
-from tests.kernels.test_cpu import LENGTHS, POLICIES
+from tests.kernels.test_cpu import LENGTHS
+from tests.kernels.test_cpu import POLICIES as CPU_POLICIES
 from tests.kernels.triton.setup import ALL, Both, examples, make
 
+POLICIES = [policy for policy in CPU_POLICIES if "rotated" not in policy]
 # One codec of each kind of page daily, the whole list nightly.
 DAILY = ("raw", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "kivi(k_bits=2,v_bits=4)",
          "bf16", "kivi-4bit(group=16,residual=64)")  # fmt: skip
@@ -141,3 +145,15 @@ def test_pages_packed_for_another_kernel_are_refused() -> None:
     setup = Setup.make("kivi-4bit")
     with pytest.raises(PolicyError, match="packed as planes only"):
         Both(setup)
+
+
+def test_what_the_kernels_do_not_know_is_refused_by_name() -> None:
+    with pytest.raises(PolicyError, match="codes of 3 bits have no packing for the triton kernel"):
+        Both(make("rotated-3bit"))
+    with pytest.raises(PolicyError, match="does not know the codec rotated.*it knows raw, fp16"):
+        Both(make("rotated-4bit"))
+    setup = make("fp16")
+    slots = torch.zeros(2, 2, 8, dtype=torch.int32)
+    batch = replace(setup.batch([0, 0], [1, 1]), slots=slots)
+    with pytest.raises(PolicyError, match="unequal page slots"):
+        Both(setup).triton.append(setup.pages, batch, *setup.tokens(2, 0)[1:])

@@ -196,7 +196,7 @@ def put_ring(pages, row, page_stride, head_offset, place, k, v, c, valid, PAGE: 
 
 @triton.jit
 def write(
-    inverse, key, value, stored, held, count, pages, row, store_row,
+    inverse, key, value, stored, held, stride, pages, row, store_row,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
@@ -208,11 +208,11 @@ def write(
     place, offset = first + tl.arange(0, SPAN), head.to(tl.int64) * head_stride
     if RING:
         slot = stored + place
-        k, v, given = numbered(inverse, key, value, held, count, head, slot, c, slot < held, PAGE)
+        k, v, given = numbered(inverse, key, value, held, stride, head, slot, c, slot < held, PAGE)
         put_ring(pages, row, page_stride, offset, place, k, v, c, given, PAGE)
     else:
         k, v, given = numbered(
-            inverse, key, value, held, count, head, place, c, place < stored, PAGE
+            inverse, key, value, held, stride, head, place, c, place < stored, PAGE
         )
         store = pages, row + store_row, row, -1, page_stride, offset
         base = page_base(store, first // PAGE.tokens)

@@ -36,7 +36,7 @@ def add(out, at, x, valid):
 @triton.jit
 def mass(
     query, key, lse, query_start, stored_count, ring_count, store_row, first_query, first_token,
-    offsets, strides, out, pages, table, chosen, count, scale, width, table_stride, query_stride,
+    place, out, pages, table, chosen, count, scale, out_stride, width, table_stride, query_stride,
     key_stride, page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
     READS: tl.constexpr,
@@ -44,8 +44,8 @@ def mass(
     """Tile ``program_id(0)`` of the tokens of one request and head: store, ring, fresh tiles."""
     GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
     tile, seq, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offset = tl.load(offsets + seq)
-    if offset != -1:  # counted at all
+    offset = tl.load(place + seq)
+    if offset >= 0:  # counted at all
         start, first = tl.load(query_start + seq), tl.load(first_query + seq)
         fresh = tl.load(query_start + seq + 1) - start
         stored, ring = tl.load(stored_count + seq), tl.load(ring_count + seq)
@@ -53,7 +53,7 @@ def mass(
                          page_stride, head_stride, PAGE, READS)  # fmt: skip
         limit = tokens_to_read(store, stored, PAGE, READS)
         since = tl.minimum(tl.load(first_token + seq) // PAGE.tokens * PAGE.tokens, stored)
-        out += offset + head * tl.load(strides + seq)
+        out += offset + head.to(tl.int64) * out_stride
         end = fresh * GROUP
         store_tiles, ring_tiles = tl.cdiv(limit, BLOCK), tl.cdiv(ring, RECENT)
         if tile < store_tiles:

@@ -58,27 +58,26 @@ def decoded(base, token, c, real, valid, PAGE: tl.constexpr):
 
 @triton.jit
 def read(
-    index, key, value, out_key, out_value, stored, ring, start, count, pages, row, store_row,
+    index, key, value, out_key, out_value, stored, ring, start, count, stride, pages, row,
+    store_row,
     key_stride, value_stride, page_stride: tl.int64, head_stride: tl.int64,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` of the numbered tokens, counted through store, ring and fresh ones."""
+    """``BLOCK`` of the numbered tokens, counted through store, ring and fresh ones; 0 below 0."""
     head, c = tl.program_id(1), tl.arange(0, PAGE.width)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
-    number = i
-    if INDEX:
-        number = tl.load(index + head * count + i, mask=live, other=0)
+    number = tl.load(index + head * stride + i, mask=live, other=-1)
     channel = (c < PAGE.head_size)[None, :]
     offset = head.to(tl.int64) * head_stride
-    far = live & (number < stored)
+    far = (number >= 0) & (number < stored)
     store = pages, row + store_row, row, -1, page_stride, offset
     base = page_base(store, tl.where(far, number // PAGE.tokens, -store_row))  # row[0] is there
     k, v = decoded(base, number % PAGE.tokens, c, far[:, None] & channel, far, PAGE)
     near = live & (number >= stored)
     k_near, v_near = pending(row, pages, key, value, key_stride, value_stride, page_stride, offset,
                              start, ring, head, number - stored, c, near, PAGE)  # fmt: skip
-    at = (head * count + i).to(tl.int64)[:, None] * PAGE.head_size + c[None, :]
+    at = (head * stride + i).to(tl.int64)[:, None] * PAGE.head_size + c[None, :]
     real = live[:, None] & channel
     tl.store(out_key + at, tl.where(near[:, None], k_near, k), mask=real)
     tl.store(out_value + at, tl.where(near[:, None], v_near, v), mask=real)

@@ -1,0 +1,281 @@
+// Decode over packed 2 and 4 bit pages with integer dot products; needs 32-byte integers.
+//
+// Keys: q.k = sum_c q_c (code_c s_c + m_c). The vector q_c s_c (KIVI: per group of tokens;
+// FlexGen: q_c, with s per token outside) is rounded to 16 bit for 4-bit codes and to 8 bit for
+// 2-bit codes. Codes are unsigned; counting them from their middle, whose
+// share is taken exactly, leaves only the rounding error times (code - mid).
+//
+// Values: sum_t p_t (code_t s_t + m_t). The weights p_t s_t of 32 tokens are rounded to 8 bit
+// unsigned against their largest; codes are shifted to be signed, the shift going exactly
+// into the minimum.
+#pragma once
+
+#include "tile/softmax.h"
+
+#if defined(__AVX2__)
+#include "codes/dots.h"
+
+enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
+
+// Scales and minima of a page in float32, converted once for all query heads; minima are those
+// of shifted codes. What no token has written is not read: it may hold a NaN.
+struct PageScales {
+  alignas(32) float key_scale[MAX_PAGE / 32 * 256], key_min[MAX_PAGE / 32 * 256];
+  alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
+};
+
+// count scales and minima to float32, then zeros up to padded; the minima are those of codes
+// counted from `mid`
+static void load_affine(const uint8_t* scales, const uint8_t* minima, int count, int padded, float mid, float* scale,
+                        float* low) {
+  const uint16_t *s16 = (const uint16_t*)scales, *m16 = (const uint16_t*)minima;
+  int i = 0;
+  for (; i + FW <= count; i += FW) {
+    const fw s = Wide::load_f16(s16 + i);
+    Wide::store(scale + i, s);
+    Wide::store(low + i, Wide::fma(s, Wide::set(mid), Wide::load_f16(m16 + i)));
+  }
+  for (; i < count; i++) scale[i] = f16_to_float(s16[i]), low[i] = f16_to_float(m16[i]) + mid * scale[i];
+  for (; i < padded; i++) scale[i] = low[i] = 0.f;
+}
+
+static void load_page_scales(const Layout& l, const uint8_t* run, int count, PageScales* s) {
+  const int n = l.page_tokens, padded = (count + 31) & ~31;
+  const float key_mid = ((1 << l.k_bits) - 1) * 0.5f, value_mid = float(1 << (l.v_bits - 1));
+  if (l.keys_per_channel) {
+    const int used = (count + l.group - 1) / l.group * l.head_size;
+    load_affine(run + l.key_scale, run + l.key_min, used, used, key_mid, s->key_scale, s->key_min);
+  }
+  for (int i = 0; i < l.head_size / l.group * n; i += n) {
+    if (!l.keys_per_channel)
+      load_affine(run + l.key_scale + 2 * i, run + l.key_min + 2 * i, count, padded, key_mid, s->key_scale + i, s->key_min + i);
+    load_affine(run + l.value_scale + 2 * i, run + l.value_min + 2 * i, count, padded, value_mid, s->value_scale + i,
+                s->value_min + i);
+  }
+}
+
+// KIVI: every group of the page, eight at a time so that the horizontal sums are shared
+template <int BITS>
+static void round_by_channel(const Layout& l, const PageScales& p, const float* q, int groups, int stride,
+                             RoundedQuery* out) {
+  const int d = l.head_size;
+  const float mid = ((1 << BITS) - 1) * 0.5f;
+  alignas(64) float scaled[8][256];
+  for (int first = 0; first < groups; first += 8) {
+    const int n = min_int(8, groups - first);
+    f8 top[8], extra[8], total[8];
+    for (int i = 0; i < 8; i++) top[i] = extra[i] = total[i] = f8_zero();
+    for (int i = 0; i < n; i++) {
+      const float *scale = p.key_scale + (first + i) * d, *low = p.key_min + (first + i) * d;
+      fw most = Wide::set(0.f), rest = Wide::set(0.f);
+      for (int c = 0; c < d; c += FW) {
+        const fw v = Wide::load(q + c), x = v * Wide::load(scale + c);
+        Wide::store(scaled[i] + c, x);
+        most = Wide::max(most, Wide::abs(x));
+        rest = Wide::fma(v, Wide::load(low + c), rest);
+      }
+      top[i] = Wide::fold_max(most), extra[i] = Wide::fold_sum(rest);
+    }
+    const f8 largest = f8_max8(top) + f8_set(1e-30f);
+    alignas(32) float inverse[8], unit[8], offset[8];
+    f8_store(inverse, f8_set(round_range<BITS>()) / largest);
+    f8_store(unit, largest * f8_set(1.f / round_range<BITS>()));
+    for (int i = 0; i < n; i++) {
+      i8v sum = _mm256_setzero_si256();
+      RoundedQuery* r = out + (first + i) * stride;
+      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], inverse[i], c, r));
+      total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
+    }
+    f8_store(offset, f8_sum8(total));
+    for (int i = 0; i < n; i++) out[(first + i) * stride].unit = unit[i], out[(first + i) * stride].offset = offset[i];
+  }
+}
+
+// FlexGen: the query itself, with the sums of every group of channels
+template <int BITS>
+static void round_by_token(const Layout& l, const float* q, RoundedQuery* out) {
+  const float mid = ((1 << BITS) - 1) * 0.5f;
+  f8 top = f8_zero();
+  for (int c = 0; c < l.head_size; c += 8) top = f8_max(top, f8_abs(f8_load(q + c)));
+  const float largest = f8_hmax(top) + 1e-30f;
+  out->unit = largest / round_range<BITS>();
+  for (int g = 0; g < l.head_size / l.group; g++) {
+    i8v sum = _mm256_setzero_si256();
+    f8 exact = f8_zero();
+    for (int c = g * l.group; c < (g + 1) * l.group; c += 8) exact = exact + f8_load(q + c);
+    for (int c = g * l.group; c < (g + 1) * l.group; c += 16)
+      sum = _mm256_add_epi32(sum, round16<BITS>(q, round_range<BITS>() / largest, c, out));
+    out->sum[g] = f8_sum(exact);
+    out->lost[g] = -f8_sum(_mm256_cvtepi32_ps(sum)) * out->unit * mid;
+  }
+}
+
+// scores of NV x 8 tokens from `token` on, which is vector v of its span
+template <int BITS, int GC, int NV>
+KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t* span, int token, int v,
+                             const RoundedQuery* rq, float* score) {
+  i8v dot[GC][NV];
+  if (l.keys_per_channel) {
+    dot_codes<BITS, GC, NV>(span, v, 0, l.head_size, rq, dot);
+    for (int g = 0; g < GC; g++)
+      for (int o = 0; o < NV; o++)
+        f8_store(score + g * MAX_PAGE + 8 * o,
+                 f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rq[g].unit), f8_set(rq[g].offset)));
+    return;
+  }
+  f8 sum[GC][NV];
+  for (int g = 0; g < GC; g++)
+    for (int o = 0; o < NV; o++) sum[g][o] = f8_zero();
+  for (int group = 0; group < l.head_size / l.group; group++) {
+    dot_codes<BITS, GC, NV>(span, v, group * l.group, (group + 1) * l.group, rq, dot);
+    for (int o = 0; o < NV; o++) {
+      const f8 scale = f8_load(p.key_scale + group * l.page_tokens + token + 8 * o);
+      const f8 low = f8_load(p.key_min + group * l.page_tokens + token + 8 * o);
+      for (int g = 0; g < GC; g++) {
+        const f8 x = f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rq[g].unit), f8_set(rq[g].lost[group]));
+        sum[g][o] = f8_fma(x, scale, f8_fma(f8_set(rq[g].sum[group]), low, sum[g][o]));
+      }
+    }
+  }
+  for (int g = 0; g < GC; g++)
+    for (int o = 0; o < NV; o++) f8_store(score + g * MAX_PAGE + 8 * o, sum[g][o]);
+}
+
+// vectors of accumulators a query head may have: as many as registers hold
+template <int GC>
+constexpr int code_vectors() { return FW == 16 ? (GC <= 3 ? 4 : 2) : GC <= 2 ? 4 : 2; }
+
+template <int BITS, int GC>
+static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* query,
+                        float* score, Fetch* fetch) {
+  enum { NV = code_vectors<GC>() };
+  const int d = l.head_size, span_bytes = d * BITS * 4;
+  RoundedQuery rq[MAX_ROUNDED * GC];
+  for (int g = 0; g < GC; g++) {
+    if (l.keys_per_channel) round_by_channel<BITS>(l, p, query + g * d, (count + l.group - 1) / l.group, GC, rq + g);
+    else round_by_token<BITS>(l, query + g * d, rq + g);
+  }
+  for (int t = 0; t < count; t += 32) {
+    const RoundedQuery* now = rq + (l.keys_per_channel ? t / l.group * GC : 0);
+#pragma GCC unroll 2
+    for (int v = 0; v < 4; v += NV, fetch->step())
+      score_vectors<BITS, GC, NV>(l, p, run + l.key + t / 32 * span_bytes, t + 8 * v, v, now, score + t + 8 * v);
+  }
+}
+
+struct RoundedWeights {  // one query head, one group of channels, one page
+  alignas(32) uint8_t w8[MAX_PAGE];
+  alignas(32) float unit[MAX_PAGE / 32 + 8];  // value of one step, a span of 32 tokens each
+  float offset;                               // sum of p_t m_t
+};
+
+static void round_page_weights(const float* score, const float* scale, const float* low, int spans,
+                               RoundedWeights* out) {
+  alignas(64) float w[MAX_PAGE];
+  fw rest = Wide::set(0.f);
+  for (int s = 0; s < spans; s += 8) {
+    f8 top[8];
+    for (int i = 0; i < 8; i++) top[i] = f8_zero();
+    for (int i = 0; i < min_int(8, spans - s); i++) {
+      fw most = Wide::set(0.f);
+      for (int t = (s + i) * 32; t < (s + i + 1) * 32; t += FW) {
+        const fw weight = Wide::load(score + t), x = weight * Wide::load(scale + t);
+        Wide::store(w + t, x);
+        most = Wide::max(most, x);
+        rest = Wide::fma(weight, Wide::load(low + t), rest);
+      }
+      top[i] = Wide::fold_max(most);
+    }
+    const f8 largest = f8_max8(top) + f8_set(1e-30f);
+    alignas(32) float inverse[8];
+    f8_store(inverse, f8_set(255.f) / largest);
+    f8_store(out->unit + s, largest * f8_set(1.f / 255.f));
+    for (int i = 0; i < min_int(8, spans - s); i++)
+      round_weights(w + (s + i) * 32, inverse[i], out->w8 + (s + i) * 32);
+  }
+  out->offset = Wide::sum(rest);
+}
+
+// channels [c, c + 8 OC) of a page, for GC query heads
+template <int BITS, int GC, int OC>
+KV_INLINE void mix_octets(const uint8_t* codes, int64_t octet_bytes, int spans, const RoundedWeights* rw, int d,
+                          float* out, Fetch* fetch) {
+  const uint8_t* w8[GC];
+  f8 total[GC][OC];
+  for (int g = 0; g < GC; g++) {
+    w8[g] = rw[g].w8;
+    for (int o = 0; o < OC; o++) total[g][o] = f8_load(out + g * d + 8 * o) + f8_set(rw[g].offset);
+  }
+  for (int s = 0; s < spans; s++) {
+    fetch->step();
+    i8v dot[GC][OC];
+    mix_span<BITS, GC, OC>(codes, octet_bytes, s, w8, dot);
+    for (int g = 0; g < GC; g++)
+      for (int o = 0; o < OC; o++)
+        total[g][o] = f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rw[g].unit[s]), total[g][o]);
+  }
+  for (int g = 0; g < GC; g++)
+    for (int o = 0; o < OC; o++) f8_store(out + g * d + 8 * o, total[g][o]);
+}
+
+// score: probabilities, zero from count to the next multiple of 32
+template <int BITS, int GC>
+static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* score,
+                      float* out, Fetch* fetch) {
+  enum { OC = code_vectors<GC>() };
+  const int d = l.head_size, n = l.page_tokens, spans = (count + 31) / 32;
+  const int64_t octet_bytes = int64_t(n) * BITS;
+  RoundedWeights rw[GC];
+  for (int group = 0; group < d / l.group; group++) {
+    for (int g = 0; g < GC; g++)
+      round_page_weights(score + g * MAX_PAGE, p.value_scale + group * n, p.value_min + group * n, spans, &rw[g]);
+    const int end = (group + 1) * l.group;
+    int c = group * l.group;
+    const uint8_t* codes = run + l.value;
+    for (; c + 8 * OC <= end; c += 8 * OC)
+      mix_octets<BITS, GC, OC>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c, fetch);
+    for (; c < end; c += 16)
+      mix_octets<BITS, GC, 2>(codes + c / 8 * octet_bytes, octet_bytes, spans, rw, d, out + c, fetch);
+  }
+}
+
+template <int GC>
+static void decode_codes_group(const Layout& l, const PageScales& p, const uint8_t* run, int count,
+                               const float* query, int head, Softmax* s, Fetch* fetch) {
+  const int d = l.head_size;
+  alignas(32) float score[GC * MAX_PAGE];
+  const float* q = query + head * d;
+  if (l.k_bits == 2) score_codes<2, GC>(l, p, run, count, q, score, fetch);
+  else score_codes<4, GC>(l, p, run, count, q, score, fetch);
+  for (int g = 0; g < GC; g++) {
+    softmax_row(s, head + g, d, score + g * MAX_PAGE, count);
+    for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * MAX_PAGE + t] = 0.f;
+  }
+  if (l.v_bits == 2) mix_codes<2, GC>(l, p, run, count, score, s->out + head * d, fetch);
+  else mix_codes<4, GC>(l, p, run, count, score, s->out + head * d, fetch);
+}
+
+static bool has_integer_dot(const Layout& l) {
+  return l.kind == Kind::affine && l.k_bits != 8 && l.v_bits != 8 && l.page_tokens <= MAX_PAGE &&
+         l.page_tokens % 32 == 0 && (!l.keys_per_channel || l.group % 32 == 0);
+}
+
+static void decode_codes(const Layout& l, const uint8_t* run, int count, const Query& q, Softmax* s, Fetch* fetch) {
+  const int spans = (count + 31) / 32, steps = spans + spans * l.head_size / 32;  // at least
+  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  PageScales p;
+  load_page_scales(l, run, count, &p);
+  for (int head = 0; head < q.heads;) {
+    switch (min_int(4, q.heads - head)) {
+      case 4: decode_codes_group<4>(l, p, run, count, q.data, head, s, fetch); head += 4; break;
+      case 3: decode_codes_group<3>(l, p, run, count, q.data, head, s, fetch); head += 3; break;
+      case 2: decode_codes_group<2>(l, p, run, count, q.data, head, s, fetch); head += 2; break;
+      default: decode_codes_group<1>(l, p, run, count, q.data, head, s, fetch); head += 1; break;
+    }
+  }
+}
+
+#else
+static bool has_integer_dot(const Layout&) { return false; }
+static void decode_codes(const Layout&, const uint8_t*, int, const Query&, Softmax*, Fetch*) {}
+#endif

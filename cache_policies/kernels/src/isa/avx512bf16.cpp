@@ -1,0 +1,2 @@
+#define KV_ENTRY kernels_avx512bf16
+#include "kernels.inc"

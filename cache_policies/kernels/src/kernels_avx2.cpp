@@ -1,2 +1,0 @@
-#define KV_ENTRY kernels_avx2
-#include "isa.inc"

@@ -1,2 +1,0 @@
-#define KV_ENTRY kernels_avx512
-#include "isa.inc"

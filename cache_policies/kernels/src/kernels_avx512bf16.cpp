@@ -1,2 +1,0 @@
-#define KV_ENTRY kernels_avx512bf16
-#include "isa.inc"

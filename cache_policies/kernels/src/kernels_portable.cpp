@@ -1,2 +1,0 @@
-#define KV_ENTRY kernels_portable
-#include "isa.inc"

@@ -1,0 +1,48 @@
+// The query of a task and its running softmax.
+#pragma once
+
+#include "simd.h"
+
+// The query token of a decode task.
+struct Query {
+  const float* data;  // [heads, head_size], already multiplied by the softmax scale
+  int heads;
+};
+
+// Running softmax of a set of query rows; out is the unnormalized sum. Scores are in units of
+// log 2: queries carry a factor log2(e), so that 2^x serves as the exponential.
+struct Softmax {
+  float* top;   // [rows] largest score so far
+  float* sum;   // [rows]
+  float* out;   // [rows, head_size]
+};
+
+static void softmax_begin(Softmax* s, int rows, int d) {
+  for (int r = 0; r < rows; r++) s->top[r] = -1e30f, s->sum[r] = 0.f;
+  memset(s->out, 0, sizeof(float) * size_t(rows) * d);
+}
+
+// scores [count] -> probabilities under the new maximum; earlier sums are rescaled.
+// score[count .. next multiple of FW) is set to 0.
+KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) {
+  const int padded = (count + FW - 1) / FW * FW;
+  for (int t = count; t < padded; t++) score[t] = -1e30f;
+  fw top = Wide::load(score);
+  for (int t = FW; t < padded; t += FW) top = Wide::max(top, Wide::load(score + t));
+  const float old = s->top[row], now = max_float(old, Wide::hmax(top));
+  fw sum = Wide::set(0.f);
+  for (int t = 0; t < padded; t += FW) {
+    const fw p = fw_exp2(Wide::load(score + t) - Wide::set(now));
+    Wide::store(score + t, p);
+    sum = sum + p;
+  }
+  for (int t = count; t < padded; t++) score[t] = 0.f;
+  if (now > old) {
+    const float shrink = old > -1e29f ? exp2f(old - now) : 0.f;
+    s->sum[row] *= shrink;
+    s->top[row] = now;
+    float* out = s->out + int64_t(row) * d;
+    for (int c = 0; c < d; c += FW) Wide::store(out + c, Wide::load(out + c) * Wide::set(shrink));
+  }
+  s->sum[row] += Wide::sum(sum);
+}

@@ -1,0 +1,62 @@
+"""`/metrics` of a real server, and who reads it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from cache_policies.step.clock import PARTS
+from tests.deploy.test_grafana import missing
+
+if TYPE_CHECKING:
+    import openai
+
+    from loadtest.commands.process import Server
+
+pytestmark = pytest.mark.engine
+PROMTOOL = shutil.which("promtool")
+
+
+def test_metrics_are_named_and_typed_as_prometheus_wants(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics").text
+    ours = [line for line in text.splitlines() if re.match(r"(# \w+ )?kvthrift_", line)]
+    names = {line.split()[2] for line in ours if line.startswith("# TYPE")}
+    assert len(names) == 15
+    spent = {p: _value(text, f'kvthrift_cache_seconds_total{{part="{p}"}}') for p in PARTS}
+    assert all(seconds > 0 for seconds in spent.values())
+    assert {"kvthrift_kv_used_bytes", "kvthrift_tokens_dropped_total"} <= names
+    for name in names:
+        kind = next(x.split()[3] for x in ours if x.startswith(f"# TYPE {name} "))
+        assert (kind == "counter") == name.endswith("_total")
+        assert any(line.startswith(f"# HELP {name} ") for line in ours)
+    assert any(line.startswith("kvthrift_policy_info{") and line.endswith(" 1.0") for line in ours)
+    assert "vllm:kv_cache_usage_perc" in text
+
+
+def _value(text: str, name: str) -> float:
+    (line,) = (x for x in text.splitlines() if x.startswith(name))
+    return float(line.rsplit(" ", 1)[1])
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="no promtool on this machine")
+def test_promtool_finds_no_fault_in_our_metrics(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics").text
+    ours = "".join(x + "\n" for x in text.splitlines() if re.match(r"(# \w+ )?kvthrift_", x))
+    done = subprocess.run(
+        [str(PROMTOOL), "check", "metrics"], input=ours, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(
+    server: Server, client: openai.OpenAI
+) -> None:
+    client.completions.create(model="fast", prompt="one two three", max_tokens=2)
+    scrape = httpx.get(f"{server.url}/metrics", timeout=20).text
+    assert not missing(scrape)
+    assert missing(scrape.replace("kvthrift_kv_used_bytes", "x")) == {"kvthrift_kv_used_bytes"}
