@@ -10,13 +10,14 @@ AVX-512 ``vpdpbusd``), which sum four neighbouring bytes (two, for ``maddubs``) 
 * values, per 8 channels and 16 tokens: four vectors of 8 channels x 4 tokens.
 
 A vector is 32 bytes of codes. With ``bits`` per code, ``8 / bits`` vectors share 32 bytes:
-vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the low
-two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of vector
-``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
+vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)``. Of 3 bits the
+low two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of
+vector ``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
 
-``planes``, 16-bit words, for GPUs, of 2, 4 or 8 bits: with ``n = 16 / bits`` codes a word, bit field ``s`` of word
-``[g, i, c]`` holds the code of token ``32 g + s * 32 / n + i`` and channel ``c``, so that one shift
-of a tile of words gives a tile of codes, and neighbouring threads read neighbouring channels.
+``planes``, 16-bit words, for GPUs, of 2, 4 or 8 bits: with ``n = 16 / bits`` codes a word, bit
+field ``s`` of word ``[g, i, c]`` holds the code of token ``32 g + s * 32 / n + i`` and channel
+``c``, so that one shift of a tile of words gives a tile of codes, and neighbouring threads read
+neighbouring channels.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def test_several_requests_are_read_and_written_together(policy: str) -> None:
     setup = make(policy, seqs=2, max_tokens=400)
     setup.fill([200, 40])
     batch, both = setup.batch([200, 40], [3, 2]), Both(setup)
+    batch = replace(batch, appended=torch.zeros(2, dtype=torch.int32))
     tokens = setup.tokens(5, seed=4)[1:]
     index = torch.tensor([[5, -1, 202, 41, 0], [201, 7, 130, -1, 39]], dtype=torch.int32)
     start = torch.tensor([0, 3, 5], dtype=torch.int32)
