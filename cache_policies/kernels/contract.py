@@ -226,6 +226,7 @@ class Kernel(Protocol):
     """Attention of one layer over compressed pages."""
 
     name: str
+    packing: str  # of the pages it reads; see pages/codecs/packing.py
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None: ...
 

@@ -17,6 +17,7 @@ from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.codecs.plain import Raw
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class CpuKernel:
     """
 
     name = "cpu"
+    packing = LANES
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class CpuKernel:
     ) -> None:
         if shape.num_heads // shape.num_kv_heads > MAX_GROUP_HEADS:
             raise PolicyError(f"more than {MAX_GROUP_HEADS} query heads share a KV head")
+        if layout.packing != self.packing:
+            raise PolicyError(f"the cpu kernel reads pages packed as {self.packing} only")
         self.layout, self.shape, self.num_threads = layout, shape, num_threads
         self.isa = isa or supported_isas()[0]
         self._dtype = layout.model_dtype

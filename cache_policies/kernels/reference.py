@@ -9,7 +9,7 @@ import torch
 
 from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class ReferenceKernel:
     """Reads as the definition; slow."""
 
     name = "reference"
+    packing = LANES  # what it takes by default; any is read
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)

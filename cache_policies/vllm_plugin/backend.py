@@ -177,7 +177,8 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self._is_edge(0)
 
     def _layouts(self, page_tokens: int) -> tuple[PageLayout, PageLayout]:
-        return layouts(self.settings.policy, self.head_size, page_tokens, self.model_dtype)
+        packing = self._kernel_class.packing
+        return layouts(self.settings.policy, self.head_size, page_tokens, self.model_dtype, packing)
 
     def _is_edge(self, index: int) -> bool:
         layers = self._vllm_config.model_config.get_total_num_hidden_layers()

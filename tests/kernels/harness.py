@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import parse
 from cache_policies.policy.layouts import layouts
@@ -52,10 +53,11 @@ class Setup:
         seed: int = 0,
         soft_cap: float = 0.0,
         sinks: bool = False,
+        packing: str = LANES,
     ) -> Setup:
         """Pages of a policy; of its edge layers, if it has some."""
         parsed = parse(policy)
-        layout = layouts(parsed, head_size, page_tokens, dtype)[parsed.edges is not None]
+        layout = layouts(parsed, head_size, page_tokens, dtype, packing)[parsed.edges is not None]
         plan = Plan.of(layout)
         row = plan.ring_pages + -(-max_tokens // page_tokens)
         rng = torch.Generator().manual_seed(seed)

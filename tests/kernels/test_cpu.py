@@ -207,7 +207,7 @@ def test_the_kernel_can_be_chosen() -> None:
     assert kernel_class("cpu") is CpuKernel
     assert kernel_class("auto") is CpuKernel
     assert kernel_class("reference") is ReferenceKernel
-    with pytest.raises(PolicyError, match="allowed: auto, cpu, reference"):
+    with pytest.raises(PolicyError, match="allowed: auto, cpu, triton, reference"):
         kernel_class("cuda")
 
 

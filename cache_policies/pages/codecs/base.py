@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.packing import LANES
 
 if TYPE_CHECKING:
     from cache_policies.pages.field import Field
@@ -82,9 +83,17 @@ class Codec(ABC):
 
     @abstractmethod
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
-        """Declare the fields of a page for one KV head."""
+        """Declare the fields of a page for one KV head.
+
+        Args:
+            head_size: channels of one KV head.
+            page_tokens: tokens of a page.
+            model_dtype: dtype of the keys and values the model produces.
+            packed: how codes below a byte lie: ``packing.LANES`` or ``packing.PLANES``.
+
+        """
 
     @abstractmethod
     def write(self, views: Views, start: int, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from cache_policies.pages.codecs import octets
 from cache_policies.pages.codecs.base import Codec, Views
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.field import Field
 
 
@@ -29,7 +29,7 @@ class Int8(Codec):
         return True
 
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
         return (
             Field("key", torch.int8, octets.shape(page_tokens, head_size)),

@@ -9,7 +9,7 @@ import torch
 
 from cache_policies.pages.codecs import octets
 from cache_policies.pages.codecs.base import Codec, Views
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.field import Field
 
 
@@ -27,7 +27,7 @@ class Raw(Codec):
         return model_dtype
 
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
         dtype = self.dtype(model_dtype)
         return (
