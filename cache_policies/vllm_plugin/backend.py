@@ -161,7 +161,13 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.model_dtype = vllm_config.model_config.dtype
-        self.shape = Shape(num_heads, num_kv_heads, float(scale), logits_soft_cap or 0.0, sinks)
+        self.shape = Shape(
+            num_heads,
+            num_kv_heads,
+            float(scale),
+            soft_cap=logits_soft_cap or 0.0,
+            sinks=sinks,
+        )
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
         self._vllm_config = vllm_config

@@ -10,6 +10,7 @@ import torch
 from vllm.platforms import current_platform
 
 from cache_policies.errors import PolicyError
+from cache_policies.kernels import kernel_class
 from cache_policies.policy import Method, Policy, parse, parse_method
 from cache_policies.retention.rope import refuse_rotary
 from cache_policies.spelling import refuse_near
@@ -72,14 +73,19 @@ def method_of(sampling_params: SamplingParams | None, default: Method | None) ->
     return (default or Method()) if asked is None else parse_method(asked)
 
 
-def refuse_method(method: Method, model_config: Any) -> None:
-    """Refuse a method that the model cannot serve.
+def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
+    """Refuse a method that the model or the kernel cannot serve.
 
     Raises:
-        PolicyError: naming what the model lacks.
+        PolicyError: naming what is lacking.
 
     """
-    retention = method.retention
+    retention, model_config = method.retention, vllm_config.model_config
+    asked = settings(vllm_config)
+    if method.prefill and asked and kernel_class(asked.kernel).name == "triton":
+        raise PolicyError(
+            f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
+        )
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)

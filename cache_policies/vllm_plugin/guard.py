@@ -54,7 +54,7 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         if asked is None:
             return
         refuse_engine(vllm_config)
-        refuse_method(asked.policy.method, vllm_config.model_config)
+        refuse_method(asked.policy.method, vllm_config)
         active = AttentionBackendEnum.CPU_ATTN.get_path()
         if active != BACKEND_PATH:
             raise PolicyError(

@@ -78,7 +78,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         if self.policy_managers and request.resumable:
             raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
-            refuse_method(manager.method(request), self.vllm_config.model_config)
+            refuse_method(manager.method(request), self.vllm_config)
 
     def _give_slot(self, request: Request) -> None:
         """Tell the workers where to note what a sparse prefill of this request reads."""

@@ -94,7 +94,7 @@ def _method(name: str, kind: Any, state: ServerState) -> PolicyTerm:
         why_not = "this server runs without a cache policy: kvthrift serve --cache-policy"
     else:
         try:
-            refuse_method(parse(name).method, state.vllm_config.model_config)
+            refuse_method(parse(name).method, state.vllm_config)
         except PolicyError as error:
             why_not = str(error)
     return PolicyTerm(
