@@ -13,8 +13,11 @@ import torch
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
+from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.codecs.plain import Raw
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ class CpuKernel:
     """
 
     name = "cpu"
+    packing = LANES
 
     def __init__(
         self,
@@ -58,9 +62,12 @@ class CpuKernel:
     ) -> None:
         if shape.num_heads // shape.num_kv_heads > MAX_GROUP_HEADS:
             raise PolicyError(f"more than {MAX_GROUP_HEADS} query heads share a KV head")
+        if layout.packing != self.packing:
+            raise PolicyError(f"the cpu kernel reads pages packed as {self.packing} only")
         self.layout, self.shape, self.num_threads = layout, shape, num_threads
         self.isa = isa or supported_isas()[0]
         self._dtype = layout.model_dtype
+        self._sinks = _sinks(shape)  # must live as long as the kernel
         self._layer = _cpu.Layer(
             self.isa,
             _layout(layout),
@@ -68,7 +75,10 @@ class CpuKernel:
             shape.num_heads,
             shape.num_kv_heads,
             shape.scale,
+            shape.soft_cap,
+            0 if self._sinks is None else self._sinks.data_ptr(),
             rounding,
+            self._key_offset(),
         )
 
     @classmethod
@@ -88,6 +98,7 @@ class CpuKernel:
     ) -> None:
         self._set(pages, batch)
         kept_alive = self._set_options(batch, mass, reads)
+        self._check_fresh(batch, query, key, value)
         heads = self.shape.num_heads
         self._layer.attend(
             *self._rows("query", query, heads),
@@ -98,10 +109,39 @@ class CpuKernel:
         )
         del kept_alive
 
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._set(pages, batch)
+        _require(blocks.dtype == torch.int32 and blocks.is_contiguous(), "blocks: int32")
+        _require(samples > 0, "at least one sample")
+        heads = self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // self.layout.page_tokens)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        self._layer.page_mass(
+            *self._rows("query", query, self.shape.num_heads),
+            *self._rows("key", key, heads),
+            blocks.data_ptr(),
+            len(blocks),
+            samples,
+            mass.data_ptr(),
+            rest.data_ptr(),
+            most,
+            self.num_threads,
+        )
+        return mass, rest
+
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._set(pages, batch)
+        self._check_fresh(batch, key, value)
         self._layer.append(
             *self._rows("key", key, self.shape.num_kv_heads),
             *self._rows("value", value, self.shape.num_kv_heads),
@@ -115,18 +155,22 @@ class CpuKernel:
         key: torch.Tensor,
         value: torch.Tensor,
         index: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._set(pages, batch)
-        fresh = batch.query_start[1] - batch.query_start[0]
-        held = int(batch.stored[0] + batch.ring[0] + fresh)
-        count = held if index is None else index.shape[1]
-        self._check_index(batch, index, held)
-        out = torch.empty(2, self.shape.num_kv_heads, count, self.layout.head_size)
+        self._check_fresh(batch, key, value)
+        if index is None:
+            numbers, start = all_tokens(batch.host)
+            index = numbers.expand(self.shape.num_kv_heads, -1).contiguous()
+        fresh = batch.query_start[1:] - batch.query_start[:-1] - batch.appended
+        start = self._check_index(batch, index, start, batch.stored + batch.ring + fresh)
+        out = torch.empty(2, *index.shape, self.layout.head_size)
         self._layer.read(
             *self._rows("key", key, self.shape.num_kv_heads),
             *self._rows("value", value, self.shape.num_kv_heads),
-            0 if index is None else index.data_ptr(),
-            count,
+            index.data_ptr(),
+            start.data_ptr(),
+            index.shape[1],
             out[0].data_ptr(),
             out[1].data_ptr(),
             self.num_threads,
@@ -140,54 +184,77 @@ class CpuKernel:
         index: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        start: torch.Tensor | None = None,
     ) -> None:
         self._set(pages, batch)
-        self._check_index(batch, index, int(batch.stored[0] + batch.ring[0]))
+        held = batch.stored + batch.ring
+        start = self._check_index(batch, index, start, held)
         wanted = (*index.shape, self.layout.head_size)
         for x in (key, value):
             _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
             _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
         if self._groups_tokens:
-            _require(bool((index == torch.arange(index.shape[1])).all()), "write in order")
-            _require(index.shape[1] == batch.stored[0] + batch.ring[0], "write all tokens")
+            counts = start.diff()
+            _require(bool(((counts == held) | (counts == 0)).all()), "write all tokens")
+            order = torch.arange(index.shape[1]) - start[:-1].repeat_interleave(counts)
+            _require(bool((index == order).all()), "write in order")
         self._layer.write(
-            index.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(), self.num_threads
-        )
+            index.data_ptr(), start.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(),
+            self.num_threads,
+        )  # fmt: skip
+
+    def _key_offset(self) -> int:
+        offset = self.shape.key_offset  # lives as long as the kernel does
+        if offset is None:
+            return 0
+        wanted = (self.shape.num_kv_heads, self.layout.head_size)
+        _require(offset.dtype == torch.float32 and offset.is_contiguous(), "key_offset: float32")
+        _require(offset.shape == wanted, f"key_offset: shape {tuple(offset.shape)}, not {wanted}")
+        return int(offset.data_ptr())
 
     @property
     def _groups_tokens(self) -> bool:
         codec = self.layout.codec
         return isinstance(codec, AffineCodec) and codec.keys_per_channel
 
-    def _check_index(self, batch: Batch, index: torch.Tensor | None, held: int) -> None:
-        _require(batch.num_seqs == 1, "a batch of one request is read and written")
-        if index is None:
-            return
+    def _check_index(
+        self, batch: Batch, index: torch.Tensor, start: torch.Tensor | None, held: torch.Tensor
+    ) -> torch.Tensor:
+        """``start`` as a tensor, once every number of ``index`` is known to be below ``held``."""
         _require(index.dtype == torch.int32 and index.is_contiguous(), "index: int32")
         _require(index.shape[0] == self.shape.num_kv_heads, f"index: {tuple(index.shape)}")
-        _require(index.numel() == 0 or int(index.max()) < held, "index beyond the held tokens")
+        ends = torch.tensor(spans(batch.host, index.shape[1], start), dtype=torch.int32)
+        most = held.repeat_interleave(ends.diff())
+        _require(bool((index < most).all()), "index beyond the held tokens")
+        return ends
+
+    def _check_fresh(self, batch: Batch, *tensors: torch.Tensor) -> None:
+        needed = batch.host.query_start[-1]
+        _require(all(len(x) >= needed for x in tensors), f"fewer than {needed} fresh tokens")
 
     def _set_options(
         self, batch: Batch, mass: Mass | None, reads: Reads | None
     ) -> list[torch.Tensor]:
         """Pass the addresses on; returns what must live until the call is over."""
-        addresses, kept = [0, 0, 0, 0, 0, 0, 0], []
+        addresses, kept = [0] * 10, []
         if mass is not None:
             held = batch.stored + batch.ring + batch.query_start[1:] - batch.query_start[:-1]
-            for out, need in zip(mass.out, held.tolist(), strict=True):
-                if out is not None:
-                    _require(out.dtype == torch.float32 and out.is_contiguous(), "mass: float32")
-                    _require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
-                    _require(out.shape[1] >= need, "mass: fewer places than tokens")
-            at = torch.tensor([0 if o is None else o.data_ptr() for o in mass.out])
-            stride = torch.tensor([0 if o is None else o.stride(0) for o in mass.out])
-            kept = [mass.first_query, mass.first_token, at, stride]
-            _require(all(x.dtype == torch.int32 for x in kept[:2]), "mass: int32")
-            addresses[:4] = [x.data_ptr() for x in kept]
+            out, kept = mass.out, [mass.first_query, mass.first_token, mass.place]
+            _require(out.dtype == torch.float32 and out.stride(1) == 1, "mass: float32")
+            _require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
+            _require(all(x.dtype == torch.int32 for x in kept), "mass: int32")
+            _require(all(len(x) == batch.num_seqs for x in kept), "mass: requests")
+            fits = (mass.place < 0) | (mass.place + held <= out.shape[1])
+            _require(bool(fits.all()), "mass: fewer places than tokens")
+            kept = [x.contiguous() for x in kept]
+            addresses[:5] = [*(x.data_ptr() for x in kept), out.data_ptr(), out.stride(0)]
         if reads is not None:
             _require(reads.pages.dtype == torch.int32 and reads.pages.is_contiguous(), "reads")
             _require(reads.count.dtype == torch.int32 and reads.count.is_contiguous(), "reads")
-            addresses[4:] = [reads.pages.data_ptr(), reads.count.data_ptr(), reads.pages.shape[2]]
+            _require(reads.first.dtype == torch.int32, "reads: int32")
+            _require(len(reads.first) == batch.num_seqs, "reads: a first list per request")
+            lists = [x.data_ptr() for x in (reads.pages, reads.count, reads.first)]
+            addresses[5:] = [*lists, reads.pages.shape[2], reads.block]
         self._layer.set_options(*addresses)
         return kept
 
@@ -196,19 +263,17 @@ class CpuKernel:
         _require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
         table = batch.block_table
         _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
-        counts = (
-            batch.query_start,
-            batch.stored,
-            batch.ring,
-            batch.stored_after,
-            batch.appended,
-            batch.store_row,
-        )
+        counts, slots = batch.counts, batch.slots
         _require(all(c.dtype == torch.int32 and c.is_contiguous() for c in counts), "counts: int32")
         self._layer.set_pages(pages.data_ptr(), pages.stride(0), pages.stride(1))
+        if slots is not None:
+            wanted = (batch.num_seqs, self.shape.num_kv_heads, table.shape[1])
+            _require(slots.dtype == torch.int32 and slots.is_contiguous(), "slots must be int32")
+            _require(slots.shape == wanted, f"slots: {tuple(slots.shape)} is not {wanted}")
         self._layer.set_batch(
-            batch.num_seqs, *(c.data_ptr() for c in counts), table.data_ptr(), table.stride(0)
-        )
+            batch.num_seqs, *(c.data_ptr() for c in counts), table.data_ptr(), table.stride(0),
+            0 if slots is None else slots.data_ptr(), table.shape[1],
+        )  # fmt: skip
 
     def _rows(self, name: str, x: torch.Tensor, heads: int) -> tuple[int, int]:
         head_size = self.layout.head_size
@@ -221,6 +286,18 @@ class CpuKernel:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"cpu kernel: {message}")
+
+
+def _group(codec: AffineCodec, head_size: int) -> int:
+    return codec.divisor if codec.keys_per_channel else codec.channel_group(head_size)
+
+
+def _sinks(shape: Shape) -> torch.Tensor | None:
+    if shape.sinks is None:
+        return None
+    sinks = shape.sinks.detach().to(torch.float32).contiguous()
+    _require(sinks.shape == (shape.num_heads,), f"sinks have shape {tuple(sinks.shape)}")
+    return sinks
 
 
 def _layout(layout: PageLayout) -> object:
@@ -245,7 +322,8 @@ def _layout(layout: PageLayout) -> object:
         ring_pages=layout.ring_pages,
         k_bits=affine.key_bits if affine else 0,
         v_bits=affine.value_bits if affine else 0,
-        group=affine.divisor if affine else 1,
+        group=_group(affine, layout.head_size) if affine else 1,
+        rotation=rotation.block(layout.head_size) if codec.ROTATES else 0,
         keys_per_channel=affine.keys_per_channel if affine else False,
         run_bytes=layout.head_bytes,
         **offsets,

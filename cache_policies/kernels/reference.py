@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.kernels.contract import sampled
+from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -18,9 +21,12 @@ class ReferenceKernel:
     """Reads as the definition; slow."""
 
     name = "reference"
+    packing = LANES  # what it takes by default; any is read
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
+        self._turned = layout.codec.turned
+        self._offset = 0.0 if shape.key_offset is None else shape.key_offset[:, None]
 
     @classmethod
     def summary(cls) -> str:
@@ -39,13 +45,40 @@ class ReferenceKernel:
     ) -> None:
         for seq in range(batch.num_seqs):
             span = _span(batch, seq)
-            keys, values = self._held(pages, batch, seq, key, value)
+            keys, values = self._held(pages, batch, seq, key[span], value[span])
             mask = self._visible(batch, seq, keys.shape[1], reads)
-            weights = self._weights(query[span].float(), keys, mask)
+            weights = self._weights(self._turned(query[span].float()), keys, mask)
             values = values.repeat_interleave(self._group, 0)
-            output[span] = (weights @ values).transpose(0, 1).to(output.dtype)
-            if mass is not None:
+            out = self._turned(weights @ values)
+            output[span] = out.transpose(0, 1).to(output.dtype)
+            if mass is not None and int(mass.place[seq]) >= 0:
                 self._count(weights, int(batch.stored[seq]), seq, mass)
+
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size, heads = self.plan.page_tokens, self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // size)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        for i, (seq, first, queries) in enumerate(blocks.tolist()):
+            fresh = key[_span(batch, seq)]
+            keys, _ = self._held(pages, batch, seq, fresh, fresh)
+            mask = self._visible(batch, seq, keys.shape[1], None)
+            rows = torch.tensor(sampled(first, queries, samples))
+            chosen = query[int(batch.query_start[seq]) + rows].float()
+            weights = self._weights(chosen, keys, mask[:, rows])
+            mean = weights.mean(1).unflatten(0, (heads, -1)).mean(1)  # [kv heads, tokens]
+            stored = int(batch.stored[seq])
+            page = torch.arange(stored) // size
+            mass[i].index_add_(1, page, mean[:, :stored])
+            rest[i] = 1 - mass[i].sum(1)
+        return mass, rest
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -60,7 +93,7 @@ class ReferenceKernel:
             absorbed = after - stored
             self._write_store(pages, batch, seq, stored, *(x[:, :absorbed] for x in pending))
             rest = torch.cat(pending, -1)[:, absorbed:]
-            self._write_ring(pages, batch.block_table[seq], rest)
+            self._write_ring(pages, batch, seq, rest)
 
     def read(
         self,
@@ -69,12 +102,23 @@ class ReferenceKernel:
         key: torch.Tensor,
         value: torch.Tensor,
         index: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = self._held(pages, batch, 0, key, value)
         if index is None:
-            return held
-        at = index.long()[..., None].expand(-1, -1, self.layout.head_size)
-        return held[0].gather(1, at), held[1].gather(1, at)
+            numbers, start = all_tokens(batch.host)
+            index = numbers.expand(self.shape.num_kv_heads, -1)
+        ends, parts = spans(batch.host, index.shape[1], start), []
+        for seq, (first, end) in enumerate(pairwise(ends)):
+            span = _span(batch, seq, int(batch.appended[seq]))
+            keys, values = self._held(pages, batch, seq, key[span], value[span])
+            keys = self._turned(keys) + self._offset
+            both = torch.cat([keys, self._turned(values)], -1)
+            both = torch.cat([both, both.new_zeros(both.shape[0], 1, both.shape[2])], 1)
+            at = index[:, first:end].long()
+            at = torch.where(at < 0, both.shape[1] - 1, at)[..., None]
+            parts.append(both.gather(1, at.expand(-1, -1, both.shape[2])))
+        both = torch.cat(parts, 1)
+        return both[..., : self.layout.head_size], both[..., self.layout.head_size :]
 
     def write(
         self,
@@ -83,16 +127,29 @@ class ReferenceKernel:
         index: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        start: torch.Tensor | None = None,
     ) -> None:
-        stored, held = int(batch.stored[0]), int(batch.stored[0] + batch.ring[0])
-        fresh = key.new_empty(0, *key.shape[::2])
-        both = torch.cat(self._held(pages, batch, 0, fresh, fresh), -1)
+        ends, new = spans(batch.host, index.shape[1], start), self._entered(key, value)
+        for seq, (first, end) in enumerate(pairwise(ends)):
+            if end > first:
+                self._replace(pages, batch, seq, index[:, first:end], new[:, first:end])
+
+    def _entered(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Keys and values ``[num_kv_heads, n, head_size]`` as they are stored, side by side."""
+        return torch.cat([self._turned(key - self._offset), self._turned(value)], -1)
+
+    def _replace(
+        self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor, new: torch.Tensor
+    ) -> None:
+        stored = int(batch.stored[seq])
+        none = new.new_empty(0, new.shape[0], self.layout.head_size)
+        both = torch.cat(self._held(pages, batch, seq, none, none), -1)
         for head, row in enumerate(index.long()):
             real = row >= 0
-            both[head, row[real]] = torch.cat([key, value], -1)[head, real]
+            both[head, row[real]] = new[head, real]
         parts = both.split(self.layout.head_size, -1)
-        self._write_store(pages, batch, 0, 0, *(x[:, :stored] for x in parts))
-        self._write_ring(pages, batch.block_table[0], both[:, stored:held])
+        self._write_store(pages, batch, seq, 0, *(x[:, :stored] for x in parts))
+        self._write_ring(pages, batch, seq, both[:, stored:])
 
     @property
     def _group(self) -> int:
@@ -101,22 +158,21 @@ class ReferenceKernel:
     def _held(
         self, pages: torch.Tensor, batch: Batch, seq: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens of a request, ``[num_kv_heads, tokens, head_size]``."""
-        span = _span(batch, seq)
+        """All tokens of a request and the given ones, as they are stored.
+
+        Each ``[num_kv_heads, tokens, head_size]``.
+        """
         stored = self._stored(pages, batch, seq)
-        pending = self._pending(pages, batch, seq, key[span], value[span])
+        pending = self._pending(pages, batch, seq, key, value)
         return torch.cat([stored[0], pending[0]], 1), torch.cat([stored[1], pending[1]], 1)
 
     def _stored(
         self, pages: torch.Tensor, batch: Batch, seq: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, left = [], int(batch.stored[seq])
-        for page in batch.block_table[seq, int(batch.store_row[seq]) :]:
-            if left <= 0:
-                break
-            views = self.layout.views(pages[page])
+        first, parts = int(batch.store_row[seq]), []
+        for row, left in enumerate(range(int(batch.stored[seq]), 0, -self.plan.page_tokens), first):
+            views = self.layout.views(pages[_place(batch, seq, row, pages.shape[1])])
             parts.append(self.layout.codec.read(views, min(left, self.plan.page_tokens)))
-            left -= self.plan.page_tokens
         if not parts:
             empty = torch.zeros(self.shape.num_kv_heads, 0, self.layout.head_size)
             return empty, empty
@@ -127,11 +183,11 @@ class ReferenceKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ring tokens followed by the given ones, ``[num_kv_heads, tokens, head_size]``."""
         head_size, count = self.layout.head_size, int(batch.ring[seq])
-        row = batch.block_table[seq, : self.plan.ring_pages]
-        ring = [self.layout.ring_view(pages[page]) for page in row]
-        recent = torch.cat(ring, 1)[:, :count].float() if count else None
-        fresh = torch.cat([key, value], -1).transpose(0, 1).float()
-        both = fresh if recent is None else torch.cat([recent, fresh], 1)
+        rows = range(self.plan.ring_pages if count else 0)
+        places = [_place(batch, seq, row, pages.shape[1]) for row in rows]
+        recent = [self.layout.ring_view(pages[place]).float() for place in places]
+        fresh = self._entered(key.transpose(0, 1).float(), value.transpose(0, 1).float())
+        both = torch.cat([torch.cat(recent, 1)[:, :count], fresh], 1) if count else fresh
         return both[..., :head_size], both[..., head_size:]
 
     def _write_store(
@@ -143,51 +199,70 @@ class ReferenceKernel:
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        row = batch.block_table[seq, int(batch.store_row[seq]) :]
         done, size = 0, self.plan.page_tokens
         while done < key.shape[1]:
             page, slot = divmod(first + done, size)
             span = slice(done, done + min(size - slot, key.shape[1] - done))
-            views = self.layout.views(pages[row[page]])
-            self.layout.codec.write(views, slot, key[:, span], value[:, span])
+            place = _place(batch, seq, int(batch.store_row[seq]) + page, pages.shape[1])
+            runs = pages[place]
+            self.layout.codec.write(self.layout.views(runs), slot, key[:, span], value[:, span])
+            pages[place] = runs
             done = span.stop
 
-    def _write_ring(self, pages: torch.Tensor, row: torch.Tensor, rest: torch.Tensor) -> None:
+    def _write_ring(self, pages: torch.Tensor, batch: Batch, seq: int, rest: torch.Tensor) -> None:
         if self.layout.ring_dtype == torch.float16:
             rest = to_half(rest)
-        for start in range(0, rest.shape[1], self.layout.ring_tokens):
-            part = rest[:, start : start + self.layout.ring_tokens]
-            view = self.layout.ring_view(pages[row[start // self.layout.ring_tokens]])
+        for row, part in enumerate(rest.split(self.layout.ring_tokens, 1) if rest.numel() else ()):
+            place = _place(batch, seq, row, pages.shape[1])
+            runs = pages[place]
+            view = self.layout.ring_view(runs)
             view[:, : part.shape[1]] = part.to(view.dtype)
+            pages[place] = runs
 
     def _visible(self, batch: Batch, seq: int, total: int, reads: Reads | None) -> torch.Tensor:
         """Mask ``[num_kv_heads, fresh, total]``; the last tokens are causal."""
         fresh = int(batch.query_start[seq + 1] - batch.query_start[seq])
         causal = torch.ones(fresh, total, dtype=torch.bool).tril(total - fresh)
         mask = causal.repeat(self.shape.num_kv_heads, 1, 1)
-        if reads is None or int(reads.count[seq, 0]) < 0:
+        if reads is None:
             return mask
         page = torch.arange(int(batch.stored[seq])) // self.plan.page_tokens
-        for head in range(self.shape.num_kv_heads):
-            chosen = reads.pages[seq, head, : int(reads.count[seq, head])]
-            mask[head, :, : len(page)] &= torch.isin(page, chosen)
+        block = reads.block or max(1, fresh)
+        for number, first in enumerate(range(0, fresh, block), int(reads.first[seq])):
+            for head in range(self.shape.num_kv_heads):
+                count = int(reads.count[number, head])
+                if count >= 0:
+                    read = torch.isin(page, reads.pages[number, head, :count])
+                    mask[head, first : first + block, : len(page)] &= read
         return mask
 
     def _weights(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``[n, heads, d]`` against ``[kv heads, tokens, d]`` -> ``[heads, n, tokens]``."""
         keys, mask = (x.repeat_interleave(self._group, 0) for x in (keys, mask))
         scores = query.transpose(0, 1) @ keys.transpose(1, 2) * self.shape.scale
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if cap := self.shape.soft_cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.shape.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.shape.sinks.detach().float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
     def _count(self, weights: torch.Tensor, stored: int, seq: int, mass: Mass) -> None:
-        out = mass.out[seq]
-        if out is None:
-            return
+        out = mass.out[:, int(mass.place[seq]) :]
         counted = weights[:, int(mass.first_query[seq]) :].sum(1).unflatten(0, (-1, self._group))
         page = int(mass.first_token[seq]) // self.plan.page_tokens
         first = min(page * self.plan.page_tokens, stored)
         out[:, first : weights.shape[2]] += counted.sum(1)[:, first:]
 
 
-def _span(batch: Batch, seq: int) -> slice:
-    return slice(int(batch.query_start[seq]), int(batch.query_start[seq + 1]))
+def _span(batch: Batch, seq: int, skip: int = 0) -> slice:
+    return slice(int(batch.query_start[seq]) + skip, int(batch.query_start[seq + 1]))
+
+
+def _place(batch: Batch, seq: int, row: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and place in it of every head's bytes at a row index, each ``[num_kv_heads]``."""
+    slot = row * heads + torch.arange(heads)
+    if batch.slots is not None:
+        slot = batch.slots[seq, :, row].long()
+    return batch.block_table[seq, slot // heads].long(), slot % heads

@@ -42,6 +42,9 @@ class Seen:
         load: returns the candidates' keys and values, each ``[num_kv_heads, n, head_size]``
             float32. It reads the pages: call it only if they are needed.
         queries: statistics of the prompt's queries, for methods that set ``USES_QUERIES``.
+        recent: ``[at most recent_queries, num_heads, head_size]`` float32, the last queries after
+            rotary embedding, for methods that ask for some.
+        scale: factor of the attention scores.
 
     """
 
@@ -53,6 +56,8 @@ class Seen:
     layers: int
     load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     queries: QueryStatistics | None = None
+    recent: torch.Tensor | None = None
+    scale: float = 1.0
 
     @cached_property
     def _loaded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,15 +231,22 @@ class Retention(ABC):
         return torch.zeros_like(seen.position, dtype=torch.bool)
 
     def select(self, seen: Seen, keep: int) -> torch.Tensor:
-        """Mask ``[num_kv_heads, n]`` with exactly ``keep`` tokens of every head."""
+        """The ``keep`` tokens of every head that stay, ``[num_kv_heads, keep]`` int64 ascending."""
         stays = self.protected(seen)
         if not self.DECODE_CUTS:  # a resumed request may bring answer tokens in its prompt's chunk
             stays = stays | (seen.position >= seen.prompt)
-        left = keep - int(stays[0].sum())
-        if left > 0:
-            score = self.score(seen).masked_fill(stays, -torch.inf)
-            stays = stays.scatter(1, score.topk(left, dim=1).indices, True)
-        return stays
+        # Whatever a method returns is finite beside the protected tokens, so that they are first
+        # however many there are; only the device knows their number.
+        least, most = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+        score = (
+            self.score(seen).float().nan_to_num(least, most, least).masked_fill(stays, torch.inf)
+        )
+        return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+
+    @property
+    def recent_queries(self) -> int:
+        """How many of the last queries ``Seen.recent`` holds."""
+        return 0
 
     @property
     def rotates(self) -> bool:

@@ -109,7 +109,6 @@ class Retrieval(ABC):
         """
         best = self.score(query, summary).topk(min(self.topk, len(middle)), dim=1).indices
         chosen = best.sort(dim=1).values.int() + middle.start
-        heads = chosen.shape[0]
-        before = torch.arange(middle.start, dtype=torch.int32).expand(heads, -1)
-        after = torch.arange(middle.stop, pages, dtype=torch.int32).expand(heads, -1)
-        return torch.cat([before, chosen, after], 1)
+        others = torch.arange(pages, dtype=torch.int32, device=chosen.device)
+        others = others.expand(chosen.shape[0], -1)
+        return torch.cat([others[:, : middle.start], chosen, others[:, middle.stop :]], 1)

@@ -1,21 +1,23 @@
-"""A cut: what a retention method keeps of one request, written where the plan says."""
+"""Cuts: what retention methods keep of requests, written where the plan says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
+from cache_policies.step.mass import MassBuffer
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Kernel
     from cache_policies.pages.layout import PageLayout
     from cache_policies.retention.base import Retention
     from cache_policies.retention.rope import Rope
-    from cache_policies.step.request import LayerState, RequestState
+    from cache_policies.step.request import RequestState
 
 
 class Tokens(NamedTuple):
@@ -39,6 +41,7 @@ class Layer:
         rope: the model's rotary embedding.
         scale: factor of the attention scores.
         clock: adds up what is spent in it.
+        mass: attention that was counted.
 
     """
 
@@ -50,6 +53,10 @@ class Layer:
     rope: Rope
     scale: float
     clock: Clock = field(default_factory=Clock)
+    mass: MassBuffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mass = MassBuffer(self.heads, self.pages.device)
 
     @property
     def heads(self) -> int:
@@ -91,104 +98,173 @@ class Cut:
     target: int
     moves: bool
 
-    def run(self, layer: Layer, batch: Batch, tokens: Tokens) -> None:
-        """Choose and rewrite."""
-        retention = self.state.method.retention
-        assert retention is not None
-        known = self.state.layers[layer.index]
-        source_batch = self._source(layer, batch)
-        seen = self._seen(layer, known, source_batch, tokens)
-        stays = torch.ones_like(seen.position, dtype=torch.bool)
-        if self.target < self.held + self.fresh:
-            stays = retention.select(seen, self.target)
-        whole = self.moves or layer.rewrites_all or retention.rotates
-        source = _in_order(stays) if whole else _fill_holes(stays, self.target)
-        index, target = self._changes(source, whole)
-        at = target.clamp(min=0).long()
-        key, value = layer.kernel.read(
-            layer.pages, source_batch, tokens.key, tokens.value, source.gather(1, at).int()
-        )
-        position = seen.position.gather(1, source)
-        if retention.rotates:
-            key = _move_sinks(retention, layer, known, key, position, self._dropped())
-        layer.kernel.write(layer.pages, self._after(layer, batch), index, key, value)
-        known.position, known.end = position.int(), self.before + self.fresh
-        if known.mass is not None:
-            mass = torch.zeros_like(known.mass)
-            mass[:, : self.target] = known.mass.gather(1, source)
-            known.mass = mass
+    @property
+    def retention(self) -> Retention:
+        """The method that chooses."""
+        assert self.state.method.retention is not None
+        return self.state.method.retention
 
-    def _seen(self, layer: Layer, known: LayerState, batch: Batch, tokens: Tokens) -> Seen:
-        total, end = self.held + self.fresh, self.before + self.fresh
-        position = known.positions(layer.heads, end).long()
-        assert position.shape[1] == total, "positions and plan disagree"
+    @property
+    def candidates(self) -> int:
+        """Tokens to choose from."""
+        return self.held + self.fresh
+
+    def is_whole(self, layer: Layer) -> bool:
+        """Whether all kept tokens are written anew, in their order; else only those that move."""
+        return self.moves or layer.rewrites_all or self.retention.rotates
+
+    def choose(self, layer: Layer, source: Batch, tokens: Tokens) -> Kept:
+        """Which candidate comes to each place, and what must be written for it."""
+        end = self.before + self.fresh
+        known = self.state.layers[layer.index]
+        position = known.positions(layer.heads, end, layer.pages.device).long()
+        assert position.shape[1] == self.candidates, "positions and plan disagree"
+        if self.target < self.candidates:
+            kept = self.retention.select(self._seen(layer, position, source, tokens), self.target)
+        else:
+            kept = _places(self.target, position)
+        if self.is_whole(layer):
+            return Kept(
+                kept, position.gather(1, kept), _places(self.target, kept).int(), kept.int()
+            )
+        kept = _fill_holes(kept, self.candidates)
+        width = min(self.target, self.candidates - self.target + max(0, self.target - self.held))
+        index, number = _changes(kept, self.held, width)
+        return Kept(kept, position.gather(1, kept), index, number)
+
+    def remember(self, layer: Layer, kept: Kept) -> None:
+        """Note what is held now."""
+        known = self.state.layers[layer.index]
+        known.position, known.end = kept.position.int(), self.before + self.fresh
+        if known.mass is not None:
+            known.mass.keep(kept.token)
+
+    def move_sinks(self, layer: Layer, key: torch.Tensor) -> None:
+        """Rotate the sinks on by all tokens dropped so far, from their first state, in place."""
+        known = self.state.layers[layer.index]
+        dropped = self.before + self.fresh - self.target
+        sinks = min(self.retention.protected_tokens, self.target)
+        if known.sinks is None:
+            known.sinks = key[:, :sinks].clone()
+        turns = torch.full((sinks,), dropped, device=key.device)
+        key[:, :sinks] = layer.rope.turn_on(known.sinks, turns)
+
+    def _seen(self, layer: Layer, position: torch.Tensor, source: Batch, tokens: Tokens) -> Seen:
+        known = self.state.layers[layer.index]
+        if known.mass is None:
+            mass = torch.zeros(position.shape, device=position.device)
+        else:
+            known.mass.hold(self.candidates)
+            mass = known.mass.view(self.candidates)
+        one = source.row(self.seq)
         return Seen(
             position=position,
-            mass=known.mass_for(layer.heads, total)[:, :total],
-            end=end,
+            mass=mass,
+            end=self.before + self.fresh,
             prompt=self.state.span.prompt,
             layer=layer.index,
             layers=layer.layers,
-            load=lambda: layer.kernel.read(layer.pages, batch, tokens.key, tokens.value),
+            load=lambda: layer.kernel.read(layer.pages, one, tokens.key, tokens.value),
             queries=known.queries,
+            recent=known.recent,
+            scale=layer.scale,
         )
 
-    def _source(self, layer: Layer, batch: Batch) -> Batch:
-        """Where the candidates are now: after the append, where there was one."""
-        held = self.held + self.appended
-        start = int(batch.query_start[self.seq])
-        fresh = range(start + self.appended, start + self.fresh)
-        row, stored = int(batch.store_row[self.seq]), int(batch.stored_after[self.seq])
-        return batch.one(self.seq, held=held, stored=stored, store_row=row, fresh=fresh)
 
-    def _after(self, layer: Layer, batch: Batch) -> Batch:
-        span = self.state.span
-        return batch.one(
-            self.seq,
-            held=self.target,
-            stored=span.plan.stored(self.target),
-            store_row=span.store_row(self.before + self.fresh),
+@dataclass(frozen=True)
+class Kept:
+    """What a cut leaves of one request.
+
+    Attributes:
+        token: ``[num_kv_heads, target]`` int64, the candidate that comes to each place.
+        position: same shape, their positions in the text.
+        index: ``[num_kv_heads, width]`` int32, places that are written; below 0: none.
+        number: same shape, the candidates that come there; below 0: none.
+
+    """
+
+    token: torch.Tensor
+    position: torch.Tensor
+    index: torch.Tensor
+    number: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The requests of a step that drop tokens or move; they are rewritten together.
+
+    Attributes:
+        cuts: at most one a request.
+        source: the batch when the step's tokens are appended: where the candidates are.
+        target: its counts after the cuts.
+
+    """
+
+    cuts: list[Cut]
+    source: Batch
+    target: Batch
+    _starts: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    def run(self, layer: Layer, tokens: Tokens) -> None:
+        """Choose and rewrite in one layer."""
+        if not self.cuts:
+            return
+        kept = [cut.choose(layer, self.source, tokens) for cut in self.cuts]
+        start = self._start(tuple(k.index.shape[1] for k in kept))
+        number, index = _beside([k.number for k in kept]), _beside([k.index for k in kept])
+        key, value = layer.kernel.read(
+            layer.pages, self.source, tokens.key, tokens.value, number, start
         )
+        done = 0
+        for cut, one in zip(self.cuts, kept, strict=True):
+            if cut.retention.rotates:
+                cut.move_sinks(layer, key[:, done:])
+            done += one.index.shape[1]
+        layer.kernel.write(layer.pages, self.target, index, key, value, start)
+        for cut, one in zip(self.cuts, kept, strict=True):
+            cut.remember(layer, one)
 
-    def _changes(self, source: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places to write, padded with -1, and the same as indices into ``source``."""
-        place = torch.arange(self.target, dtype=torch.int32).expand(source.shape[0], -1)
-        if whole:
-            return place.contiguous(), place
-        changed = (source != place) | (place >= self.held)
-        width = int(changed.sum(1).max())
-        order = changed.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        index = torch.where(changed.gather(1, order), order, -1).int()
-        return index.contiguous(), index
-
-    def _dropped(self) -> int:
-        return self.before + self.fresh - self.target
-
-
-def _in_order(stays: torch.Tensor) -> torch.Tensor:
-    """Numbers of the kept tokens, ``[num_kv_heads, kept]``."""
-    return stays.nonzero()[:, 1].unflatten(0, (stays.shape[0], -1))
+    def _start(self, widths: tuple[int, ...]) -> torch.Tensor:
+        """Where the tokens of every request of the batch begin; layers share it."""
+        if widths not in self._starts:
+            count = np.zeros(self.source.num_seqs + 1, dtype=np.int32)
+            count[[cut.seq + 1 for cut in self.cuts]] = widths
+            self._starts[widths] = torch.from_numpy(count.cumsum(dtype=np.int32))
+        return self._starts[widths]
 
 
-def _fill_holes(stays: torch.Tensor, target: int) -> torch.Tensor:
-    """The same, but a token that can stay in its place does, so that few must be written."""
-    source = torch.arange(target).repeat(stays.shape[0], 1)
-    for head, row in enumerate(stays):
-        source[head, ~row[:target]] = row[target:].nonzero().flatten() + target
-    return source
+def _beside(parts: list[torch.Tensor]) -> torch.Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
 
 
-def _move_sinks(
-    retention: Retention,
-    layer: Layer,
-    known: LayerState,
-    key: torch.Tensor,
-    position: torch.Tensor,
-    dropped: int,
-) -> torch.Tensor:
-    """Rotate the sinks on by all tokens dropped so far, from their first state."""
-    sinks = int((position[0] < retention.protected_tokens).sum())
-    if known.sinks is None:
-        known.sinks = key[:, :sinks].clone()
-    moved = layer.rope.turn_on(known.sinks, torch.full((sinks,), dropped, device=key.device))
-    return torch.cat([moved, key[:, sinks:]], 1)
+def _places(count: int, like: torch.Tensor) -> torch.Tensor:
+    """``[num_kv_heads, count]`` int64: 0, 1, 2, ..."""
+    return torch.arange(count, device=like.device).expand(like.shape[0], -1)
+
+
+def _fill_holes(kept: torch.Tensor, candidates: int) -> torch.Tensor:
+    """The kept tokens, but those that can stay in their place do, so that few must be written.
+
+    Args:
+        kept: ``[num_kv_heads, target]``, ascending.
+        candidates: how many there were.
+
+    """
+    target = kept.shape[1]
+    stays = torch.zeros(kept.shape[0], candidates, dtype=torch.bool, device=kept.device)
+    stays = stays.scatter_(1, kept, True)[:, :target]
+    # Holes are filled in order by the kept tokens behind the last place, which are the last ones.
+    holes = (~stays).cumsum(1)
+    filler = (target - 1 - holes[:, -1:] + holes).clamp(min=0)
+    return torch.where(stays, _places(target, kept), kept.gather(1, filler))
+
+
+def _changes(kept: torch.Tensor, held: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places whose token is another or a new one, padded with -1 to ``width``, and the tokens."""
+    place = _places(kept.shape[1], kept)
+    changed = (kept != place) | (place >= held)
+    order = torch.where(changed, changed.cumsum(1) - 1, width)  # the others go to a last column
+    index = torch.full((kept.shape[0], width + 1), -1, device=kept.device)
+    index = index.scatter_(1, order, place)[:, :width]
+    number = torch.where(index < 0, -1, kept.gather(1, index.clamp(min=0)))
+    return index.int(), number.int()

@@ -6,25 +6,56 @@ count attention where a method asks for it, write the fresh tokens, and cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from cache_policies.kernels.contract import Batch, Mass, Reads
+from cache_policies.kernels.contract import Batch, Mass
 from cache_policies.retention.base import QueryStatistics
-from cache_policies.step.cut import Cut
+from cache_policies.step.cut import Cut, Cuts
+from cache_policies.step.reads import Choice, reads_of, sparse_choice, unread_pages
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
+    from cache_policies.kernels.contract import Reads
+    from cache_policies.kernels.counts import Buffers
     from cache_policies.pages.plan import Plan
     from cache_policies.retention import Retention
     from cache_policies.retrieval import Retrieval
     from cache_policies.step.cut import Layer, Tokens
     from cache_policies.step.request import RequestState
+
+
+@dataclass
+class LayerStep:
+    """A step in the layers in which every request keeps as much.
+
+    Attributes:
+        batch: counts and block table.
+        cuts: requests that drop tokens or move at the end of the step.
+        counted: by request the first query, among the fresh ones, and the first token whose
+            attention is counted.
+
+    """
+
+    batch: Batch
+    cuts: Cuts
+    counted: dict[int, tuple[int, int]]
+    _masses: dict[tuple[int, ...], Mass] = field(default_factory=dict)
+
+    def mass(self, place: tuple[int, ...], out: torch.Tensor) -> Mass:
+        """Count into these places; layers whose requests have the same ones share the counts."""
+        if place not in self._masses:
+            first = np.zeros((2, len(place)), dtype=np.int32)
+            for seq, pair in self.counted.items():
+                first[:, seq] = pair
+            query, token = torch.from_numpy(first)
+            self._masses[place] = Mass(query, token, torch.tensor(place, dtype=torch.int32), out)
+        return self._masses[place].into(out)
 
 
 @dataclass
@@ -37,6 +68,7 @@ class Step:
         computed: ``[num_seqs]`` int32, tokens computed before the step.
         states: per request, None for plain ones.
         block_table: ``[num_seqs, row]`` int32.
+        buffers: memory for the counts on a device.
 
     """
 
@@ -45,22 +77,22 @@ class Step:
     computed: npt.NDArray[np.int32]
     states: list[RequestState | None]
     block_table: torch.Tensor
-    _batches: dict[tuple[int, ...], tuple[Batch, list[Cut]]] = field(default_factory=dict)
+    buffers: Buffers | None = None
+    _batches: dict[tuple[int, ...], LayerStep] = field(default_factory=dict)
 
     def run(self, layer: Layer, tokens: Tokens, output: torch.Tensor) -> None:
         """Attend, append and cut in one layer."""
         clock = layer.clock
         clock.start()
-        batch, cuts = self._batch(layer)
-        kernel, pages = layer.kernel, layer.pages
-        mass, reads = self._mass(layer, batch, cuts), self._reads(layer, batch, tokens)
+        of_layer = self._of_layer(layer)
+        batch, kernel, pages = of_layer.batch, layer.kernel, layer.pages
+        mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens)
         kernel.attend(pages, batch, *tokens, output, mass, reads)
         self._note_queries(layer, tokens.query)
         clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
         clock.lap("append")
-        for cut in cuts:
-            cut.run(layer, batch, tokens)
+        of_layer.cuts.run(layer, tokens)
         clock.lap("cut")
 
     @cached_property
@@ -77,19 +109,19 @@ class Step:
 
     # ---- the batch of a layer
 
-    def _batch(self, layer: Layer) -> tuple[Batch, list[Cut]]:
+    def _of_layer(self, layer: Layer) -> LayerStep:
         """Counts and cuts; layers in which every request keeps as much share them."""
         keeps = tuple(
             retention.kept(state.span.prompt, layer.index, layer.layers)
             for _, state, retention in self._evicting
         )
         if keeps not in self._batches:
-            self._batches[keeps] = self._make_batch(keeps)
+            self._batches[keeps] = self._make(keeps)
         return self._batches[keeps]
 
-    def _make_batch(self, keeps: tuple[int, ...]) -> tuple[Batch, list[Cut]]:
-        batch = Batch.of(self.plan, self.query_start, self.computed, self.block_table)
-        cuts: list[Cut] = []
+    def _make(self, keeps: tuple[int, ...]) -> LayerStep:
+        batch = Batch.of(self.plan, self.query_start, self.computed, self.block_table, self.buffers)
+        counts, cuts = batch.host, []
         for (seq, state, _), keep in zip(self._evicting, keeps, strict=True):
             before, fresh = int(self.computed[seq]), self._fresh(seq)
             span, after = state.span, before + fresh
@@ -100,52 +132,66 @@ class Step:
                 target = span.held(after, keep)
                 cuts.append(Cut(seq, state, before, fresh, held, appended, target, moves))
             stored = self.plan.stored(held)
-            batch.stored[seq], batch.ring[seq] = stored, held - stored
-            batch.appended[seq] = appended
-            batch.stored_after[seq] = self.plan.stored(held + appended) if appended else stored
-            batch.store_row[seq] = span.store_row(before)
-        return batch, cuts
+            counts.stored[seq], counts.ring[seq] = stored, held - stored
+            counts.appended[seq] = appended
+            counts.stored_after[seq] = self.plan.stored(held + appended) if appended else stored
+            counts.store_row[seq] = span.store_row(before)
+        source = batch.after_append()
+        return LayerStep(batch, Cuts(cuts, source, self._after(source, cuts)), self._counted(cuts))
+
+    def _after(self, source: Batch, cuts: list[Cut]) -> Batch:
+        """The counts when the cuts are done."""
+        stored, ring, row = source.stored.clone(), source.ring.clone(), source.store_row.clone()
+        for cut in cuts:
+            held = self.plan.stored(cut.target)
+            stored.numpy()[cut.seq], ring.numpy()[cut.seq] = held, cut.target - held
+            row.numpy()[cut.seq] = cut.state.span.store_row(cut.before + cut.fresh)
+        return replace(source, stored=stored, ring=ring, stored_after=stored, store_row=row)
 
     def _fresh(self, seq: int) -> int:
         return int(self.query_start[seq + 1] - self.query_start[seq])
 
     # ---- attention to be counted
 
-    def _mass(self, layer: Layer, batch: Batch, cuts: list[Cut]) -> Mass | None:
+    def _counted(self, cuts: list[Cut]) -> dict[int, tuple[int, int]]:
+        """First query and first token whose attention is counted, by request."""
         cutting = {cut.seq for cut in cuts}
-        wanted: dict[int, tuple[int, int]] = {}  # first query and first token, both as positions
+        wanted: dict[int, tuple[int, int]] = {}
         for seq, state, retention in self._evicting:
             before, after = int(self.computed[seq]), int(self.computed[seq]) + self._fresh(seq)
             first = retention.first_query(before, after, state.span.prompt, seq in cutting)
             if first is not None:
-                wanted[seq] = first, 0
+                wanted[seq] = first - before, 0
         for seq, _, retrieval in self._retrieving:
             if retrieval.OBSERVES:
-                before = int(self.computed[seq])
-                wanted[seq] = before, max(0, before - retrieval.OBSERVES)
-        if not wanted:
-            return None
-        out: list[torch.Tensor | None] = [None] * len(self.states)
-        first_query = torch.zeros(len(self.states), dtype=torch.int32)
-        first_token = torch.zeros(len(self.states), dtype=torch.int32)
-        for seq, (query, token) in wanted.items():
-            first_query[seq], first_token[seq] = query - int(self.computed[seq]), token
-            out[seq] = self._buffer(layer, batch, seq)
-        return Mass(first_query, first_token, out)
+                wanted[seq] = 0, max(0, int(self.computed[seq]) - retrieval.OBSERVES)
+        return wanted
 
-    def _buffer(self, layer: Layer, batch: Batch, seq: int) -> torch.Tensor:
+    def _mass(self, layer: Layer, of_layer: LayerStep) -> Mass | None:
+        if not of_layer.counted:
+            return None
+        place = [-1] * len(self.states)
+        for seq in of_layer.counted:
+            place[seq] = self._place(layer, of_layer.batch, seq)
+        return of_layer.mass(tuple(place), layer.mass.data)
+
+    def _place(self, layer: Layer, batch: Batch, seq: int) -> int:
         """Where a request's mass is counted."""
         state = self.states[seq]
         assert state is not None
-        needed = int(batch.stored[seq] + batch.ring[seq]) + self._fresh(seq)
-        buffer = state.layers[layer.index].mass_for(layer.heads, needed)
+        needed = int(batch.host.stored[seq] + batch.host.ring[seq]) + self._fresh(seq)
+        room = state.layers[layer.index].mass_for(layer.mass, needed)
         retention = state.method.retention
         if retention is not None and not retention.ACCUMULATES:
-            buffer.zero_()
-        return buffer
+            room.view(room.size).zero_()
+        return room.start
 
     def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
         for seq, state, retention in self._evicting:
+            start = int(self.query_start[seq])
+            if retention.recent_queries:
+                fresh = query[start : start + self._fresh(seq)]
+                state.layers[layer.index].note_recent(fresh, retention.recent_queries)
             if not retention.USES_QUERIES:
                 continue
             before = int(self.computed[seq])
@@ -156,18 +202,17 @@ class Step:
             known = state.layers[layer.index]
             if known.queries is None:
                 known.queries = QueryStatistics(layer.rope, layer.scale)
-            start = int(self.query_start[seq])
             known.queries.add(query[start + skip : start + count], before + skip)
 
     # ---- pages to be read
 
     def _reads(self, layer: Layer, batch: Batch, tokens: Tokens) -> Reads | None:
-        chosen: dict[int, torch.Tensor] = {}
+        chosen = self._sparse(layer, batch, tokens)
         for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:
                 continue
-            total = -(-int(batch.stored[seq]) // self.plan.page_tokens)
+            total = -(-int(batch.host.stored[seq]) // self.plan.page_tokens)
             middle = retrieval.middle(before, self.plan.page_tokens)
             middle = range(middle.start, min(middle.stop, self.plan.full_pages(before)))
             if len(middle) <= retrieval.topk:
@@ -175,15 +220,28 @@ class Step:
             summary = self._summary(layer, batch, seq, middle, tokens)
             start, end = int(self.query_start[seq]), int(self.query_start[seq + 1])
             query = tokens.query[start:end].float().mean(0).unflatten(0, (layer.heads, -1))
-            chosen[seq] = retrieval.choose(query, summary, middle, total)
-        if not chosen:
-            return None
-        width = max(row.shape[1] for row in chosen.values())
-        pages = torch.zeros(len(self.states), layer.heads, width, dtype=torch.int32)
-        count = torch.full((len(self.states), layer.heads), -1, dtype=torch.int32)
-        for seq, row in chosen.items():
-            pages[seq, :, : row.shape[1]], count[seq] = row, row.shape[1]
-        return Reads(pages, count)
+            row = retrieval.choose(query, summary, middle, total)
+            chosen.append(Choice(seq, None, row[None], row.shape[1]))
+        return reads_of(chosen, [self._fresh(seq) for seq in range(len(self.states))])
+
+    def _sparse(self, layer: Layer, batch: Batch, tokens: Tokens) -> list[Choice]:
+        """What the prompts' queries read under a sparse prefill."""
+        choices = []
+        for seq, state in enumerate(self.states):
+            if state is None or state.method.prefill is None:
+                continue
+            before, fresh = int(self.computed[seq]), self._fresh(seq)
+            if before >= state.span.prompt:
+                continue
+            sparse = state.method.prefill
+            blocks = sparse.blocks(before, fresh, state.span.prompt) if before else range(0)
+            if blocks:
+                choices.append(sparse_choice(sparse, layer, batch, tokens, seq, blocks, fresh))
+            stored_pages = self.plan.store_pages(int(batch.host.stored[seq]))
+            unread = unread_pages(choices[-1], stored_pages, fresh) if blocks else None
+            ends = before + fresh >= state.span.prompt
+            state.reading.add(fresh * stored_pages * layer.heads, unread, last=ends)
+        return choices
 
     def _summary(
         self, layer: Layer, batch: Batch, seq: int, middle: range, tokens: Tokens
@@ -197,12 +255,17 @@ class Step:
         if have < len(middle):
             size = self.plan.page_tokens
             span = range((middle.start + have) * size, middle.stop * size)
-            index = torch.arange(span.start, span.stop, dtype=torch.int32)
+            index = torch.arange(
+                span.start, span.stop, dtype=torch.int32, device=layer.pages.device
+            )
             index = index.expand(layer.heads, -1).contiguous()
-            row = int(batch.store_row[seq])
+            row = int(batch.host.store_row[seq])
             one = batch.one(seq, held=span.stop, stored=span.stop, store_row=row)
             keys, _ = layer.kernel.read(layer.pages, one, tokens.key, tokens.value, index)
-            mass = known.mass_for(layer.heads, span.stop)[:, span.start : span.stop]
+            if known.mass is None:
+                mass = torch.zeros(index.shape, device=index.device)
+            else:
+                mass = known.mass.view(span.stop)[:, span.start :]
             shape = (len(middle) - have, size)
             new = state.method.retrieval.summarize(
                 keys.unflatten(1, shape), mass.unflatten(1, shape)

@@ -28,7 +28,7 @@ def attend(fresh, mass=None):
 
 def counting(fresh):
     zero = torch.zeros(1, dtype=torch.int32)
-    return attend(fresh, Mass(zero, zero, [torch.zeros(1, 16000 + fresh)]))
+    return attend(fresh, Mass(zero, zero, zero, torch.zeros(1, 16000 + fresh)))
 
 if case != "scratch":
     attend(24)()  # each thread has its scratch memory
