@@ -197,25 +197,30 @@ def _no_page_is_private_twice(engine: Engine) -> None:
     assert len(own) == len(set(own))
 
 
+def _watch_preemptions(scheduler: Any) -> list[tuple[str, int]]:
+    """Filled as requests are preempted: which, and the tokens of its answer that are known."""
+    preempt, seen = scheduler._preempt_request, []
+
+    def noted(request: Request, *rest: Any, **more: Any) -> None:
+        seen.append((request.request_id, request.num_output_tokens))
+        preempt(request, *rest, **more)
+
+    scheduler._preempt_request = noted
+    return seen
+
+
 def test_asynchronous_scheduling_preempts_at_other_tokens(llama: Path) -> None:
     """Why tokens after a preemption differ between the two: what is attended to in full differs."""
     methods = ["all", "snapkv(budget=100)", "tova(budget=90)", "lagkv(budget=270)"]
     answered = []
     for asynchronous in (False, True):
         engine = Engine(llama, "raw", 9, asynchronous=asynchronous)
-        preempt, seen = engine.scheduler._preempt_request, []
-
-        def noted(request: Request, *rest: Any, preempt: Any = preempt, seen: Any = seen) -> None:
-            seen.append((request.request_id, request.num_output_tokens))
-            preempt(request, *rest)
-
-        engine.scheduler._preempt_request = noted
+        answered.append(_watch_preemptions(engine.scheduler))
         for number, method in enumerate(methods):
             prompt = [(7 * number + 13 * i) % 251 for i in range(280 + 9 * number)]
             engine.add(f"r{number}", prompt, 110, method)
         while engine.scheduler.has_requests() or engine.in_flight:
             engine.step()
-        answered.append(seen)
     assert answered == [[("r3", 25)], [("r3", 22)]]
 
 
@@ -288,6 +293,7 @@ def test_what_the_v2_runner_cannot_do_is_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Engine(llama, "fp16", 60, asynchronous=False).config
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
     refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
     refuse_engine(config)
