@@ -18,7 +18,12 @@ from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig,
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
@@ -64,10 +69,12 @@ class Engine:
         stock = FullAttentionSpec(
             block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.float32
         )
-        self.spec = RingStoreSpec.of(stock, policy, LAYERS, edge=False)
+        self.spec = RingStoreSpec.of(stock, policy, tuple(range(LAYERS)), edge=False)
         names = [f"model.layers.{i}.attn" for i in range(LAYERS)]
         self.config.cache_config.num_gpu_blocks = pages
-        kv = KVCacheConfig(pages, [], [KVCacheGroupSpec(names, self.spec)])
+        page = self.spec.page_size_bytes
+        tensor = KVCacheTensor(LAYERS * pages * page, names, pages * page, page)
+        kv = KVCacheConfig(pages, [tensor], [KVCacheGroupSpec(names, self.spec)])
         self.spec.max_memory_usage_bytes(self.config)
         self.scheduler: Any = self.config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.config,
@@ -265,7 +272,7 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
     )
     (new,) = engine.scheduler.schedule().scheduled_new_reqs
     rows = Rows(engine.config)
-    rows.plan = engine.spec.plan
+    rows.plan, rows.layers = engine.spec.plan, LAYERS
     rows.update(
         BatchUpdate(
             batch_size=1, removed=[], moved=[],
