@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-# An allocation above the threshold is a mapping of its own, and the limit leaves no room for one.
+# Allocations of megabytes find no free memory in the heap; above the threshold each is a mapping of
+# its own, and the limit leaves no room for one.
 PROGRAM = """
 import resource, sys
 import torch
@@ -17,22 +18,23 @@ from cache_policies.kernels.cpu import CpuKernel
 from tests.kernels.harness import Setup
 
 case, threads = sys.argv[1], {"partial": 4}.get(sys.argv[1], 1)
-setup = Setup.make("fp16", seqs=1, heads=8, kv_heads=1, max_tokens=20000)
+setup = Setup.make("fp16", seqs=1, heads=192, kv_heads=1, max_tokens=10000)
 kernel = CpuKernel(setup.layout, setup.shape, num_threads=threads)
-setup.fill([16000])
+setup.fill([4000])
 
 def attend(fresh, mass=None):
     query, key, value = setup.tokens(fresh, seed=0)
-    batch, output = setup.batch([16000], [fresh]), torch.zeros_like(query)
+    batch, output = setup.batch([4000], [fresh]), torch.zeros_like(query)
     return lambda: kernel.attend(setup.pages, batch, query, key, value, output, mass)
 
 def counting(fresh):
     zero = torch.zeros(1, dtype=torch.int32)
-    return attend(fresh, Mass(zero, zero, zero, torch.zeros(1, 16000 + fresh)))
+    return attend(fresh, Mass(zero, zero, zero, torch.zeros(1, 4000 + fresh)))
 
 if case != "scratch":
-    attend(24)()  # each thread has its scratch memory
-call = attend(1) if case == "scratch" else attend(96) if case == "partial" else counting(3000)
+    attend(1)()  # each thread has its scratch memory
+sizes = {"scratch": 1, "partial": 2, "denominators": 4000, "enough": 8}
+call = (attend if case in {"scratch", "partial"} else counting)(sizes[case])
 if case != "enough":
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * 4096, resource.RLIM_INFINITY))
