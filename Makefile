@@ -1,5 +1,8 @@
 # make demo    compare five policies on the embedded model: quality, speed, memory; a report
 # make test    all tests            make lint    ruff and mypy
+# make test-triton-all   every Triton kernel interpreted and compiled for four targets (hours)
+# make gpu-check         the Triton kernels on a GPU: tests, speed, graphs (8 minutes)
+# make gpu-engine        a vLLM engine on a GPU beside stock vLLM
 # make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
 # make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
@@ -11,7 +14,8 @@ sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup demo test test-sanitizers test-vllm-next lint deploy-test
+.PHONY: setup demo test test-triton-all gpu-check gpu-engine test-sanitizers test-vllm-next \
+        lint deploy-test
 setup: .venv/.ready
 
 .venv/.ready: $(sources)
@@ -27,6 +31,15 @@ demo: setup
 
 test: setup
 	.venv/bin/python -m pytest
+
+test-triton-all: setup
+	TRITON_CHECKS=all .venv/bin/python -m pytest -k triton
+
+# With GPU_PYTHON of your own no environment is made: it needs torch, Triton, pytest, hypothesis,
+# numpy and transformers; for gpu-engine also vLLM and this project.
+GPU_PYTHON ?= .venv/bin/python
+gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
+	$(GPU_PYTHON) -m benchmarks.$(subst -,_,$@)
 
 .venv-next/.ready: scripts/setup_next.sh .venv/.ready
 	scripts/setup_next.sh

@@ -22,7 +22,7 @@ from server.models import MODELS, ModelError, get_model, model_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from server.capacity import ModelShape
+    from server.model_shape import ModelShape
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -87,7 +87,10 @@ def policies(
 
     shape = _shape(model, dtype)
     size = _bytes(memory)
-    table = Table(title=f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens")
+    title = f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens"
+    if shape.constant_bytes:
+        title += f"; {shape.constant_bytes:,} bytes of each in layers that do not grow"
+    table = Table(title=title)
     for heading in (
         "policy",
         "parameters",
@@ -156,7 +159,7 @@ def path(name: str) -> None:
 def _shape(model: str, dtype: str) -> ModelShape:
     import torch
 
-    from server.capacity import ModelShape
+    from server.model_shape import ModelShape
 
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):

@@ -118,6 +118,7 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
             raise PolicyError("--cache-kernel needs --cache-policy")
     if POLICY_KEY in extra:
         parse(extra[POLICY_KEY])
+        _choose_backend(args)
     if args.policy_alias:
         if POLICY_KEY not in extra:
             raise PolicyError("--policy-alias needs --cache-policy")
@@ -128,6 +129,16 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
         raise PolicyError("--prompt-compression by llmlingua-2 needs --prompt-compressor MODEL")
     args.additional_config = extra
     return args
+
+
+def _choose_backend(args: argparse.Namespace) -> None:
+    """On a GPU vLLM is told which backend serves full-attention layers; on a CPU it knows one."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike():
+        from cache_policies.vllm_plugin.cuda import choose_backend
+
+        choose_backend(args)
 
 
 def _compression(text: str) -> PromptCompression:

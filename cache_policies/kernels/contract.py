@@ -200,12 +200,20 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
+        key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
+            is attended to or stored, and added again to what is read; a softmax does not see it.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay as they are.
+        sinks: ``[num_heads]`` float32, scores learned by the model which take part in the softmax
+            of every query and have no key and value; None: there are none.
 
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
+    key_offset: torch.Tensor | None = None
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 def sampled(first: int, queries: int, samples: int) -> list[int]:
@@ -218,6 +226,7 @@ class Kernel(Protocol):
     """Attention of one layer over compressed pages."""
 
     name: str
+    packing: str  # of the pages it reads; see pages/codecs/packing.py
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None: ...
 
@@ -272,7 +281,8 @@ class Kernel(Protocol):
         Returns:
             mass ``[n, num_kv_heads, most store pages]`` float32, the mean share of attention of
             the sampled queries and the query heads of a KV head that each store page gets; and
-            ``[n, num_kv_heads]``, that of ring and fresh tokens. Together they are 1.
+            ``[n, num_kv_heads]``, that of ring, fresh tokens and learned sinks. Together they
+            are 1.
 
         """
 

@@ -14,8 +14,10 @@ import torch
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.codecs.plain import Raw
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class CpuKernel:
     """
 
     name = "cpu"
+    packing = LANES
 
     def __init__(
         self,
@@ -59,9 +62,12 @@ class CpuKernel:
     ) -> None:
         if shape.num_heads // shape.num_kv_heads > MAX_GROUP_HEADS:
             raise PolicyError(f"more than {MAX_GROUP_HEADS} query heads share a KV head")
+        if layout.packing != self.packing:
+            raise PolicyError(f"the cpu kernel reads pages packed as {self.packing} only")
         self.layout, self.shape, self.num_threads = layout, shape, num_threads
         self.isa = isa or supported_isas()[0]
         self._dtype = layout.model_dtype
+        self._sinks = _sinks(shape)  # must live as long as the kernel
         self._layer = _cpu.Layer(
             self.isa,
             _layout(layout),
@@ -69,7 +75,10 @@ class CpuKernel:
             shape.num_heads,
             shape.num_kv_heads,
             shape.scale,
+            shape.soft_cap,
+            0 if self._sinks is None else self._sinks.data_ptr(),
             rounding,
+            self._key_offset(),
         )
 
     @classmethod
@@ -194,6 +203,15 @@ class CpuKernel:
             self.num_threads,
         )  # fmt: skip
 
+    def _key_offset(self) -> int:
+        offset = self.shape.key_offset  # lives as long as the kernel does
+        if offset is None:
+            return 0
+        wanted = (self.shape.num_kv_heads, self.layout.head_size)
+        _require(offset.dtype == torch.float32 and offset.is_contiguous(), "key_offset: float32")
+        _require(offset.shape == wanted, f"key_offset: shape {tuple(offset.shape)}, not {wanted}")
+        return int(offset.data_ptr())
+
     @property
     def _groups_tokens(self) -> bool:
         codec = self.layout.codec
@@ -270,6 +288,18 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"cpu kernel: {message}")
 
 
+def _group(codec: AffineCodec, head_size: int) -> int:
+    return codec.divisor if codec.keys_per_channel else codec.channel_group(head_size)
+
+
+def _sinks(shape: Shape) -> torch.Tensor | None:
+    if shape.sinks is None:
+        return None
+    sinks = shape.sinks.detach().to(torch.float32).contiguous()
+    _require(sinks.shape == (shape.num_heads,), f"sinks have shape {tuple(sinks.shape)}")
+    return sinks
+
+
 def _layout(layout: PageLayout) -> object:
     codec = layout.codec
     affine = codec if isinstance(codec, AffineCodec) else None
@@ -292,7 +322,8 @@ def _layout(layout: PageLayout) -> object:
         ring_pages=layout.ring_pages,
         k_bits=affine.key_bits if affine else 0,
         v_bits=affine.value_bits if affine else 0,
-        group=affine.divisor if affine else 1,
+        group=_group(affine, layout.head_size) if affine else 1,
+        rotation=rotation.block(layout.head_size) if codec.ROTATES else 0,
         keys_per_channel=affine.keys_per_channel if affine else False,
         run_bytes=layout.head_bytes,
         **offsets,

@@ -9,7 +9,7 @@ import torch
 
 from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ class ReferenceKernel:
     """Reads as the definition; slow."""
 
     name = "reference"
+    packing = LANES  # what it takes by default; any is read
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
+        self._turned = layout.codec.turned
+        self._offset = 0.0 if shape.key_offset is None else shape.key_offset[:, None]
 
     @classmethod
     def summary(cls) -> str:
@@ -44,9 +47,10 @@ class ReferenceKernel:
             span = _span(batch, seq)
             keys, values = self._held(pages, batch, seq, key[span], value[span])
             mask = self._visible(batch, seq, keys.shape[1], reads)
-            weights = self._weights(query[span].float(), keys, mask)
+            weights = self._weights(self._turned(query[span].float()), keys, mask)
             values = values.repeat_interleave(self._group, 0)
-            output[span] = (weights @ values).transpose(0, 1).to(output.dtype)
+            out = self._turned(weights @ values)
+            output[span] = out.transpose(0, 1).to(output.dtype)
             if mass is not None and int(mass.place[seq]) >= 0:
                 self._count(weights, int(batch.stored[seq]), seq, mass)
 
@@ -73,7 +77,7 @@ class ReferenceKernel:
             stored = int(batch.stored[seq])
             page = torch.arange(stored) // size
             mass[i].index_add_(1, page, mean[:, :stored])
-            rest[i] = mean[:, stored:].sum(1)
+            rest[i] = 1 - mass[i].sum(1)
         return mass, rest
 
     def append(
@@ -106,7 +110,9 @@ class ReferenceKernel:
         ends, parts = spans(batch.host, index.shape[1], start), []
         for seq, (first, end) in enumerate(pairwise(ends)):
             span = _span(batch, seq, int(batch.appended[seq]))
-            both = torch.cat(self._held(pages, batch, seq, key[span], value[span]), -1)
+            keys, values = self._held(pages, batch, seq, key[span], value[span])
+            keys = self._turned(keys) + self._offset
+            both = torch.cat([keys, self._turned(values)], -1)
             both = torch.cat([both, both.new_zeros(both.shape[0], 1, both.shape[2])], 1)
             at = index[:, first:end].long()
             at = torch.where(at < 0, both.shape[1] - 1, at)[..., None]
@@ -123,10 +129,14 @@ class ReferenceKernel:
         value: torch.Tensor,
         start: torch.Tensor | None = None,
     ) -> None:
-        ends, new = spans(batch.host, index.shape[1], start), torch.cat([key, value], -1)
+        ends, new = spans(batch.host, index.shape[1], start), self._entered(key, value)
         for seq, (first, end) in enumerate(pairwise(ends)):
             if end > first:
                 self._replace(pages, batch, seq, index[:, first:end], new[:, first:end])
+
+    def _entered(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Keys and values ``[num_kv_heads, n, head_size]`` as they are stored, side by side."""
+        return torch.cat([self._turned(key - self._offset), self._turned(value)], -1)
 
     def _replace(
         self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor, new: torch.Tensor
@@ -148,7 +158,10 @@ class ReferenceKernel:
     def _held(
         self, pages: torch.Tensor, batch: Batch, seq: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens of a request and the given ones, ``[num_kv_heads, tokens, head_size]``."""
+        """All tokens of a request and the given ones, as they are stored.
+
+        Each ``[num_kv_heads, tokens, head_size]``.
+        """
         stored = self._stored(pages, batch, seq)
         pending = self._pending(pages, batch, seq, key, value)
         return torch.cat([stored[0], pending[0]], 1), torch.cat([stored[1], pending[1]], 1)
@@ -173,7 +186,7 @@ class ReferenceKernel:
         rows = range(self.plan.ring_pages if count else 0)
         places = [_place(batch, seq, row, pages.shape[1]) for row in rows]
         recent = [self.layout.ring_view(pages[place]).float() for place in places]
-        fresh = torch.cat([key, value], -1).transpose(0, 1).float()
+        fresh = self._entered(key.transpose(0, 1).float(), value.transpose(0, 1).float())
         both = torch.cat([torch.cat(recent, 1)[:, :count], fresh], 1) if count else fresh
         return both[..., :head_size], both[..., head_size:]
 
@@ -227,7 +240,13 @@ class ReferenceKernel:
         """``[n, heads, d]`` against ``[kv heads, tokens, d]`` -> ``[heads, n, tokens]``."""
         keys, mask = (x.repeat_interleave(self._group, 0) for x in (keys, mask))
         scores = query.transpose(0, 1) @ keys.transpose(1, 2) * self.shape.scale
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if cap := self.shape.soft_cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.shape.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.shape.sinks.detach().float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
     def _count(self, weights: torch.Tensor, stored: int, seq: int, mass: Mass) -> None:
         out = mass.out[:, int(mass.place[seq]) :]

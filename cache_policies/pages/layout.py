@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.packing import LANES
 
 if TYPE_CHECKING:
     from cache_policies.pages.codecs.base import Codec
@@ -38,6 +39,7 @@ class PageLayout:
         shared_residual: tokens absorbed at once where layers of other codecs share the block
             table; 0: the codec's own.
         least_ring_pages: ring pages that they need.
+        packing: how codes below a byte lie, as the kernel reads them; same bytes either way.
 
     """
 
@@ -47,6 +49,7 @@ class PageLayout:
     model_dtype: torch.dtype
     shared_residual: int = 0
     least_ring_pages: int = 0
+    packing: str = LANES
 
     def __post_init__(self) -> None:
         self.codec.check(self.head_size, self.page_tokens, self.model_dtype)
@@ -64,7 +67,7 @@ class PageLayout:
     @cached_property
     def fields(self) -> tuple[Field, ...]:
         """The codec's declaration for this shape."""
-        return self.codec.fields(self.head_size, self.page_tokens, self.model_dtype)
+        return self.codec.fields(self.head_size, self.page_tokens, self.model_dtype, self.packing)
 
     @cached_property
     def offsets(self) -> dict[str, int]:

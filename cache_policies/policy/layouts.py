@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.layout import PageLayout
 
 if TYPE_CHECKING:
@@ -30,9 +31,15 @@ def is_edge(policy: Policy, layer: int, layers: int) -> bool:
 
 @lru_cache(maxsize=256)
 def layouts(
-    policy: Policy, head_size: int, page_tokens: int, model_dtype: torch.dtype
+    policy: Policy,
+    head_size: int,
+    page_tokens: int,
+    model_dtype: torch.dtype,
+    packing: str = LANES,
 ) -> tuple[PageLayout, PageLayout]:
     """Page layouts of the inner and of the edge layers; they have the same plan.
+
+    ``packing`` is ``Kernel.packing``; what only counts bytes may leave it out.
 
     Raises:
         PolicyError: a codec cannot store this shape.
@@ -41,6 +48,7 @@ def layouts(
     codecs = (policy.codec, policy.edges.built if policy.edges else policy.codec)
     residual = max(codec.residual for codec in codecs)
     own = [PageLayout(codec, head_size, page_tokens, model_dtype, residual) for codec in codecs]
+    own = [replace(layout, packing=packing) for layout in own]
     ring = max(layout.ring_pages for layout in own)
     inner, edge = (replace(layout, least_ring_pages=ring) for layout in own)
     return inner, edge

@@ -108,7 +108,8 @@ class SparsePrefill:
         order = wanted.argsort(dim=-1, descending=True, stable=True)
         share = mass.gather(-1, order)
         reached = rest[..., None] + share.cumsum(-1) - share  # before the page is read
-        needed = (reached < self.coverage).sum(-1)
+        whole = mass.sum(-1, keepdim=True) + rest[..., None]  # below 1 beside learned sinks
+        needed = (reached < self.coverage * whole).sum(-1)
         if self.topk:
             needed = torch.full_like(needed, min(self.topk + always, pages))
         needed = needed.clamp(min=always)

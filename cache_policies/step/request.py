@@ -101,6 +101,7 @@ class LayerState:
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
+        recent: ``[n, num_heads, head_size]``, the last queries, for methods that ask for some.
         summary: of the pages between sinks and local window, for retrieval.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
 
@@ -110,6 +111,7 @@ class LayerState:
     end: int = 0
     mass: Room | None = None
     queries: QueryStatistics | None = None
+    recent: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
 
@@ -118,9 +120,16 @@ class LayerState:
         new = torch.arange(self.end, after, dtype=torch.int32, device=device).expand(heads, -1)
         return new if self.position is None else torch.cat([self.position, new], 1)
 
+    def note_recent(self, query: torch.Tensor, count: int) -> None:
+        """Remember the last ``count`` of the queries so far; ``query`` are the newest."""
+        newest = query[-count:].float()
+        if self.recent is not None and newest.shape[0] < count:
+            newest = torch.cat([self.recent, newest])[-count:]
+        self.recent = newest.clone()
+
     def mass_for(self, buffer: MassBuffer, tokens: int) -> Room:
         """The request's room with at least ``tokens`` places, new ones zero."""
-        if self.mass is None:
+        if self.mass is None or self.mass.buffer is not buffer:  # the layer got other pages
             self.mass = Room(buffer)
         self.mass.hold(tokens)
         return self.mass

@@ -188,6 +188,10 @@ class Step:
 
     def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
         for seq, state, retention in self._evicting:
+            start = int(self.query_start[seq])
+            if retention.recent_queries:
+                fresh = query[start : start + self._fresh(seq)]
+                state.layers[layer.index].note_recent(fresh, retention.recent_queries)
             if not retention.USES_QUERIES:
                 continue
             before = int(self.computed[seq])
@@ -198,7 +202,6 @@ class Step:
             known = state.layers[layer.index]
             if known.queries is None:
                 known.queries = QueryStatistics(layer.rope, layer.scale)
-            start = int(self.query_start[seq])
             known.queries.add(query[start + skip : start + count], before + skip)
 
     # ---- pages to be read

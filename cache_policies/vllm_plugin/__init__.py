@@ -6,16 +6,20 @@ before any configuration exists. It stays light: vLLM only logs an import error 
 """
 
 BACKEND_PATH = "cache_policies.vllm_plugin.backend.RingStoreBackend"
+GPU_BACKEND_PATH = "cache_policies.vllm_plugin.cuda.GpuBackend"
 
 
 def register() -> None:
-    """Put our attention backend in the place of vLLM's CPU backend.
+    """Put our attention backend in the place of vLLM's CPU backend; give it a name on a GPU.
 
     The CPU platform will choose no other. Without a policy the backend hands every layer to
-    the stock implementation. Can go when vLLM lets a plugin choose a backend per layer.
+    the stock implementation. Can go when vLLM lets a plugin choose a backend per layer, as its
+    GPU platforms do: there ``cuda.choose_backend`` names it.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+    elif current_platform.is_cuda_alike():
+        register_backend(AttentionBackendEnum.CUSTOM, GPU_BACKEND_PATH)

@@ -43,7 +43,9 @@ class Rows:
         self.cache, self.model = vllm_config.cache_config, vllm_config.model_config
         self.row: dict[int, tuple[list[int], RequestState | None, Any]] = {}
         self.away: dict[int, tuple[list[int], RequestState | None, Any]] = {}
-        self.plan: Plan | None = None  # set by the metadata builder, which knows the page size
+        # set by the metadata builder, which knows the page size
+        self.plan: Plan | None = None
+        self.layers = 0
 
     def update(self, update: BatchUpdate | None) -> None:
         """Follow the batch: removed, then added, then moved rows."""
@@ -90,8 +92,7 @@ class Rows:
     def _engine(self) -> Engine:
         assert self.plan is not None
         room = self.cache.num_gpu_blocks - 1 if self.cache.enable_prefix_caching else None
-        layers = self.model.get_total_num_hidden_layers()
-        return Engine(self.plan, layers, self.model.max_model_len, room)
+        return Engine(self.plan, self.layers, self.model.max_model_len, room)
 
     def _leave(self, index: int) -> None:
         entry = self.row.pop(index, None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -47,11 +46,12 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             m for m in coordinator.single_type_managers if isinstance(m, RingStoreManager)
         ]
         self._hit_tokens: dict[str, int] = {}
-        groups = self.kv_cache_config.kv_cache_groups
+        pool = self.kv_cache_config
         for manager in self.policy_managers:
-            names = groups[manager.kv_cache_group_id].layer_names
-            layers = [extract_layer_index(name) for name in names]
-            manager.attach(self.requests, self.max_model_len, layers)
+            layers = len(pool.kv_cache_groups[manager.kv_cache_group_id].layer_names)
+            # vLLM states the size of the whole allocation with each part of it
+            page_bytes = pool.kv_cache_tensors[0].size // pool.num_blocks
+            manager.attach(self.requests, self.max_model_len, layers, page_bytes)
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)

@@ -31,7 +31,8 @@ from server.api.schemas import (
     Shape,
     Stats,
 )
-from server.capacity import ModelShape, capacity
+from server.capacity import capacity
+from server.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,7 +123,9 @@ async def estimate(request: Request, asked: EstimateRequest) -> Estimate:
 
 def _estimate(text: str, shape: Shape, asked: EstimateRequest) -> PolicyEstimate:
     dtype = getattr(torch, shape.dtype)
-    model = ModelShape(shape.layers, shape.num_kv_heads, shape.head_size, dtype)
+    model = ModelShape(
+        shape.layers, shape.num_kv_heads, shape.head_size, dtype, shape.constant_bytes
+    )
     try:
         policy = parse(text)
         size = capacity(policy, model, asked.memory_bytes, asked.context_tokens)
@@ -132,6 +135,7 @@ def _estimate(text: str, shape: Shape, asked: EstimateRequest) -> PolicyEstimate
         policy=str(policy),
         bytes_per_token=size.bytes_per_token,
         window_bytes=size.ring_bytes,
+        constant_bytes=size.constant_bytes,
         capacity_tokens=size.requests * asked.context_tokens,
         concurrent_requests=size.requests,
         compression_ratio=round(size.ratio, 4),

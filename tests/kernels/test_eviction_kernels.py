@@ -14,7 +14,7 @@ from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
-from tests.kernels.harness import Setup
+from tests.kernels.harness import CAPS, Setup
 
 POLICIES = st.sampled_from(list(CODECS))
 LENGTHS = st.sampled_from([0, 1, 31, 127, 128, 129, 300, 512])
@@ -48,12 +48,13 @@ def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> lis
 
 @pytest.mark.parametrize("isa", supported_isas())
 @settings(max_examples=25, deadline=None)
-@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99))
+@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99),
+       soft_cap=CAPS, sinks=st.booleans())  # fmt: skip
 def test_mass_equals_the_sums_of_the_softmax(
-    isa: str, policy: str, computed: list[int], seed: int
+    isa: str, policy: str, computed: list[int], seed: int, soft_cap: float, sinks: bool
 ) -> None:
     rng = np.random.default_rng(seed)
-    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900)
+    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900, soft_cap=soft_cap, sinks=sinks)
     setup.fill(computed)
     fresh = [int(rng.choice([1, 7, 129, 200])) for _ in computed]
     batch = setup.batch(computed, fresh)
@@ -66,7 +67,11 @@ def test_mass_equals_the_sums_of_the_softmax(
     held = int(batch.stored[0] + batch.ring[0]) + fresh[0]
     counted = masses[1].out[:, int(masses[1].place[0]) :][:, :held] - 0.5
     queries = (fresh[0] - first_query[0]) * setup.shape.num_heads // setup.shape.num_kv_heads
-    torch.testing.assert_close(counted.sum(1), torch.full((2,), float(queries)), rtol=1e-3, atol=0)
+    if sinks:
+        assert (counted.sum(1) < queries).all()  # the sinks have the rest
+    else:
+        whole = torch.full((2,), float(queries))
+        torch.testing.assert_close(counted.sum(1), whole, rtol=1e-3, atol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -219,13 +224,23 @@ def test_wrong_tokens_are_refused() -> None:
     samples=st.sampled_from([1, 3, 8, 128]),
     fresh=st.sampled_from([1, 40, 128, 300]),
     isa=st.sampled_from(supported_isas()),
+    scores=st.tuples(CAPS, st.booleans()),
     seed=st.integers(0, 99),
 )
 def test_page_mass_is_the_reference(
-    policy: str, heads: tuple[int, int], samples: int, fresh: int, isa: str, seed: int
+    policy: str,
+    heads: tuple[int, int],
+    samples: int,
+    fresh: int,
+    isa: str,
+    scores: tuple[float, bool],
+    seed: int,
 ) -> None:
     computed = [700, 0, 130]
-    setup = Setup.make(policy, seqs=3, heads=heads[0], kv_heads=heads[1], max_tokens=1100)
+    setup = Setup.make(
+        policy, seqs=3, heads=heads[0], kv_heads=heads[1], max_tokens=1100,
+        soft_cap=scores[0], sinks=scores[1],
+    )  # fmt: skip
     setup.fill(computed, seed)
     batch = setup.batch(computed, [fresh, 5, 64])
     query, key, _ = setup.tokens(fresh + 69, seed + 1)
@@ -238,7 +253,8 @@ def test_page_mass_is_the_reference(
     expected, got = (k.page_mass(setup.pages, batch, query, key, table, samples) for k in kernels)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5)
-    torch.testing.assert_close(got[0].sum(-1) + got[1], torch.ones_like(got[1]))
+    if not scores[1]:  # sinks have the rest
+        torch.testing.assert_close(got[0].sum(-1) + got[1], torch.ones_like(got[1]))
 
 
 @settings(max_examples=40, deadline=None)

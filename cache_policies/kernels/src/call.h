@@ -15,6 +15,7 @@ struct Layout {
   int head_size, page_tokens, ring_tokens, ring_pages;
   int k_bits, v_bits, group;  // affine pages
   bool keys_per_channel;
+  int rotation;  // channels that a rotation mixes; 0: rows are not rotated
   // byte offsets inside one head's run; -1 where the codec has no such field
   int64_t key, key_scale, key_min, value, value_scale, value_min;
   int64_t run_bytes;  // of one head in one page
@@ -60,9 +61,13 @@ struct Tensor {  // [tokens, heads, head_size], heads contiguous
 struct Call {
   Layout layout;
   Batch batch;
-  Dtype dtype;  // of query, key, value and output
+  Dtype dtype;        // of query, key, value and output
+  Dtype fresh_dtype;  // of key and value where attention has rotated them
   int num_heads, num_kv_heads;
   float scale;
+  const float* key_offset;  // [num_kv_heads, head_size] taken from every key, or null
+  float soft_cap;      // scores become soft_cap tanh(score / soft_cap); 0: they stay
+  const float* sinks;  // [num_heads] learned scores without a token, or null
   Tensor query, key, value, output;
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes

@@ -58,16 +58,19 @@ T* address(intptr_t p) {
 class Layer {
  public:
   Layer(const std::string& isa, const Layout& layout, int dtype, int num_heads, int num_kv_heads,
-        float scale, bool rounding)
+        float scale, float soft_cap, intptr_t sinks, bool rounding, intptr_t key_offset)
       : kernels_(table(isa)) {
     bool found = false;
     for (const auto& name : supported()) found = found || name == isa;
     if (!found) throw std::invalid_argument("this CPU does not support " + isa);
     call_.layout = layout;
-    call_.dtype = static_cast<Dtype>(dtype);
+    call_.dtype = call_.fresh_dtype = static_cast<Dtype>(dtype);
     call_.num_heads = num_heads;
     call_.num_kv_heads = num_kv_heads;
     call_.scale = scale;
+    call_.key_offset = address<const float>(key_offset);
+    call_.soft_cap = soft_cap;
+    call_.sinks = address<const float>(sinks);
     call_.rounding = rounding;
   }
 
@@ -155,11 +158,11 @@ class Layer {
 
 Layout make_layout(int kind, int store_dtype, int ring_dtype, int head_size, int page_tokens,
                    int ring_tokens, int ring_pages, int k_bits, int v_bits, int group,
-                   bool keys_per_channel, int64_t key, int64_t key_scale, int64_t key_min,
+                   bool keys_per_channel, int rotation, int64_t key, int64_t key_scale, int64_t key_min,
                    int64_t value, int64_t value_scale, int64_t value_min, int64_t run_bytes) {
   return Layout{static_cast<Kind>(kind), static_cast<Dtype>(store_dtype),
                 static_cast<Dtype>(ring_dtype), head_size, page_tokens, ring_tokens, ring_pages,
-                k_bits, v_bits, group, keys_per_channel, key, key_scale, key_min, value,
+                k_bits, v_bits, group, keys_per_channel, rotation, key, key_scale, key_min, value,
                 value_scale, value_min, run_bytes};
 }
 
@@ -174,11 +177,12 @@ NB_MODULE(_cpu, m) {
   nb::class_<Layout>(m, "Layout");
   m.def("layout", &make_layout, nb::kw_only(), "kind"_a, "store_dtype"_a, "ring_dtype"_a,
         "head_size"_a, "page_tokens"_a, "ring_tokens"_a, "ring_pages"_a, "k_bits"_a, "v_bits"_a,
-        "group"_a, "keys_per_channel"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
+        "group"_a, "keys_per_channel"_a, "rotation"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
         "value_scale"_a, "value_min"_a, "run_bytes"_a);
   nb::class_<Layer>(m, "Layer")
-      .def(nb::init<const std::string&, const Layout&, int, int, int, float, bool>(), "isa"_a,
-           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "rounding"_a)
+      .def(nb::init<const std::string&, const Layout&, int, int, int, float, float, intptr_t, bool, intptr_t>(),
+           "isa"_a, "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "soft_cap"_a,
+           "sinks"_a, "rounding"_a, "key_offset"_a)
       .def("set_batch", &Layer::set_batch)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)

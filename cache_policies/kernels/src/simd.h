@@ -44,6 +44,13 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   const __m256i x = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
 }
+// 4 times bit `shift` (lanes 0..3) or `shift` + 4 (lanes 4..7) of one of four words
+KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
+  const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  const __m256i by = _mm256_add_epi32(_mm256_set1_epi32(shift), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  const __m256i bit = _mm256_and_si256(_mm256_srlv_epi32(v, by), _mm256_set1_epi32(1));
+  return _mm256_cvtepi32_ps(_mm256_slli_epi32(bit, 2));
+}
 KV_INLINE float f8_sum(f8 v) {
   __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -144,6 +151,15 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   memcpy(&v, p, 32);
   return __builtin_convertvector((v >> shift) & ((1 << bits) - 1), f8);
 }
+KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
+  f8 v;
+  for (int i = 0; i < 8; i++) {
+    uint32_t word;
+    memcpy(&word, p + i % 4 * 4, 4);
+    v[i] = float((word >> (shift + i / 4 * 4) & 1) * 4);
+  }
+  return v;
+}
 KV_INLINE float f8_sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 KV_INLINE float f8_hmax(f8 v) { float m = v[0]; for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m; return m; }
 KV_INLINE f8 f8_round(f8 a) { for (int i = 0; i < 8; i++) a[i] = rintf(a[i]); return a; }
@@ -232,6 +248,7 @@ typedef Lanes8 Wide;
 #endif
 typedef Wide::Vec fw;
 enum { FW = Wide::N };
+static const float LOG2_E = 1.44269504088896341f;
 
 // 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
 KV_INLINE fw fw_exp2(fw x) {

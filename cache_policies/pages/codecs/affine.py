@@ -35,23 +35,29 @@ class AffineCodec(Codec):
     def keys_per_channel(self) -> bool:
         """True: key groups run over tokens. False: over channels, like value groups."""
 
+    @property
+    def takes_key_offset(self) -> bool:
+        return not self.keys_per_channel  # the minimum of a channel is one
+
     def channel_group(self, head_size: int) -> int:
         """Channels of a token that share a scale."""
         return self.divisor
 
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self,
+        head_size: int,
+        page_tokens: int,
+        model_dtype: torch.dtype,
+        packed: str = packing.LANES,
     ) -> tuple[Field, ...]:
         by_token = (head_size // self.channel_group(head_size), page_tokens)
         by_channel = (page_tokens // self.divisor, head_size)
         key_scales = by_channel if self.keys_per_channel else by_token
-        key_shape = (page_tokens // 32, head_size // 4, *packing.block_shape(self.key_bits))
-        value_shape = (head_size // 8, page_tokens // 16, *packing.block_shape(self.value_bits))
         return (
-            Field("key", torch.uint8, key_shape),
+            packing.key_field(packed, page_tokens, head_size, self.key_bits),
             Field("key_scale", torch.float16, key_scales),
             Field("key_min", torch.float16, key_scales),
-            Field("value", torch.uint8, value_shape),
+            packing.value_field(packed, page_tokens, head_size, self.value_bits),
             Field("value_scale", torch.float16, by_token),
             Field("value_min", torch.float16, by_token),
         )
@@ -69,10 +75,11 @@ class AffineCodec(Codec):
             views["key_min"][:, groups] = minimum.squeeze(2)
         else:
             keys[:, start:end] = self._write_by_token(views, "key", self.key_bits, start, key)
-        views["key"].copy_(packing.pack_keys(keys, self.key_bits))
+        views["key"].copy_(packing.pack_keys(keys, self.key_bits, views["key"].dtype))
         values = packing.unpack_values(views["value"], self.value_bits)
         values[:, start:end] = self._write_by_token(views, "value", self.value_bits, start, value)
-        views["value"].copy_(packing.pack_values(values, self.value_bits))
+        packed = packing.pack_values(values, self.value_bits, views["value"].dtype)
+        views["value"].copy_(packed)
 
     def _write_by_token(
         self, views: Views, name: str, bits: int, start: int, x: torch.Tensor

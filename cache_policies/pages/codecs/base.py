@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.packing import LANES
 
 if TYPE_CHECKING:
     from cache_policies.pages.field import Field
@@ -27,12 +28,18 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     loses: ClassVar[str]
-    ROTATES: ClassVar[bool] = False  # pages hold keys and values under ``rotation.rotate``
+    QUANTIZES: ClassVar[bool] = True
+    ROTATES: ClassVar[bool] = False  # ``turned`` is ``rotation.rotate``
 
     @property
     def residual(self) -> int:
         """Recent tokens kept in 16 bit until they are absorbed together; 0: none."""
         return 0
+
+    @property
+    def takes_key_offset(self) -> bool:
+        """Whether a constant taken from all keys makes them easier to encode."""
+        return False
 
     @property
     def divisor(self) -> int:
@@ -67,11 +74,26 @@ class Codec(ABC):
                 f"{self}: residual {self.residual} does not divide the block size {page_tokens}"
             )
 
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """What is attended to and written instead of rows ``x`` ``[..., head_size]`` float32.
+
+        Orthonormal and its own inverse, so that products of rows do not change.
+        """
+        return x
+
     @abstractmethod
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
-        """Declare the fields of a page for one KV head."""
+        """Declare the fields of a page for one KV head.
+
+        Args:
+            head_size: channels of one KV head.
+            page_tokens: tokens of a page.
+            model_dtype: dtype of the keys and values the model produces.
+            packed: how codes below a byte lie: ``packing.LANES`` or ``packing.PLANES``.
+
+        """
 
     @abstractmethod
     def write(self, views: Views, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -80,8 +102,8 @@ class Codec(ABC):
         Args:
             views: typed views of one page, from ``PageLayout.views``.
             start: first position; a multiple of ``residual`` where there is a ring.
-            key: ``[num_kv_heads, num_tokens, head_size]`` float32.
-            value: same shape as ``key``.
+            key: ``[num_kv_heads, num_tokens, head_size]`` float32, turned.
+            value: same shape as ``key``, turned.
 
         """
 
@@ -90,6 +112,6 @@ class Codec(ABC):
         """Decode the first ``count`` tokens of a page.
 
         Returns:
-            key and value, each ``[num_kv_heads, count, head_size]`` float32.
+            key and value, each ``[num_kv_heads, count, head_size]`` float32, turned.
 
         """

@@ -12,7 +12,7 @@ import torch
 
 from cache_policies.pages.codecs import octets
 from cache_policies.pages.codecs.base import Codec, Views
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.field import Field
 
 
@@ -24,8 +24,12 @@ class Int8(Codec):
     keeps: ClassVar[str] = "every token"
     loses: ClassVar[str] = "precision below 1/254 of each vector's largest channel"
 
+    @property
+    def takes_key_offset(self) -> bool:
+        return True
+
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
         return (
             Field("key", torch.int8, octets.shape(page_tokens, head_size)),

@@ -9,7 +9,7 @@ import torch
 
 from cache_policies.pages.codecs import octets
 from cache_policies.pages.codecs.base import Codec, Views
-from cache_policies.pages.codecs.packing import to_half
+from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.field import Field
 
 
@@ -20,13 +20,14 @@ class Raw(Codec):
     name: ClassVar[str] = "raw"
     keeps: ClassVar[str] = "every token in the model's dtype"
     loses: ClassVar[str] = "nothing"
+    QUANTIZES: ClassVar[bool] = False
 
     def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Stored dtype for a model dtype."""
         return model_dtype
 
     def fields(
-        self, head_size: int, page_tokens: int, model_dtype: torch.dtype
+        self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:
         dtype = self.dtype(model_dtype)
         return (

@@ -1,13 +1,17 @@
-// Encoding tokens into packed 2, 4 and 8 bit codes with a scale and a minimum per group.
+// Encoding tokens into packed codes with a scale and a minimum per group.
 #pragma once
 
 #include "codes/pack.h"
 #include "codes/slots.h"
 #include "simd.h"
 
+KV_INLINE void put_bits(uint8_t* byte, int shift, int bits, int code) {
+  *byte = uint8_t((*byte & ~(((1 << bits) - 1) << shift)) | (code << shift));
+}
 KV_INLINE void put_code(uint8_t* codes, CodeSlot slot, int bits, int code) {
-  uint8_t* byte = codes + slot.byte;
-  *byte = uint8_t((*byte & ~(((1 << bits) - 1) << slot.shift)) | (code << slot.shift));
+  if (bits != 3) return put_bits(codes + slot.byte, slot.shift, bits, code);
+  put_bits(codes + slot.byte, slot.shift, 2, code & 3);
+  put_bits(codes + slot.high_byte, slot.high_shift, 1, code >> 2);
 }
 
 struct Affine {  // the stored, rounded scale and minimum of a group

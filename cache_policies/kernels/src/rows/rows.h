@@ -107,19 +107,23 @@ static void ring_rows(const Call& c, int seq, int head, int first, int count, Kv
   }
 }
 
+static const char* row_as(const Call& c, const Tensor& x, Dtype dtype, int64_t token, int head) {
+  return x.data + (token * x.token_stride + int64_t(head) * c.layout.head_size) * item_bytes(dtype);
+}
+
 static const char* tensor_row(const Call& c, const Tensor& x, int64_t token, int head) {
-  return x.data + (token * x.token_stride + int64_t(head) * c.layout.head_size) * item_bytes(c.dtype);
+  return row_as(c, x, c.dtype, token, head);
 }
 
 // fresh tokens [first, first + count) of this step, counted from the sequence's first one
 static void fresh_rows(const Call& c, int seq, int head, int first, int count, KvRows* out) {
-  out->key.dtype = out->value.dtype = c.dtype;
+  out->key.dtype = out->value.dtype = c.fresh_dtype;
   out->key.count = out->value.count = count;
   out->key.scale = out->value.scale = nullptr;
   out->octets = nullptr;
   for (int t = 0; t < count; t++) {
     const int64_t token = c.batch.query_start[seq] + first + t;
-    out->key.row[t] = tensor_row(c, c.key, token, head);
-    out->value.row[t] = tensor_row(c, c.value, token, head);
+    out->key.row[t] = row_as(c, c.key, c.fresh_dtype, token, head);
+    out->value.row[t] = row_as(c, c.value, c.fresh_dtype, token, head);
   }
 }

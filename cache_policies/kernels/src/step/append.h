@@ -3,6 +3,7 @@
 
 #include "codes/encode.h"
 #include "rows/encode.h"
+#include "rows/rotate.h"
 
 // packed codes of tokens [slot, slot + n) of a page, all in one octet
 static void encode_codes(const Layout& l, uint8_t* run, int slot, int n, const float* key, const float* value) {
@@ -57,6 +58,9 @@ static void load_pending(const Call& c, int seq, int head, int first, int count,
     else fresh_rows(c, seq, head, i - in_ring, 1, &rows);
     load_row(rows.key.row[0], rows.key.dtype, d, key + int64_t(t) * d);
     load_row(rows.value.row[0], rows.value.dtype, d, value + int64_t(t) * d);
+    if (i < in_ring) continue;  // is as it was written
+    enter_key(c, head, key + int64_t(t) * d);
+    rotate_row(c.layout, value + int64_t(t) * d);
   }
 }
 

@@ -72,8 +72,21 @@ static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) 
   }
 }
 
+// a sink takes its share of the softmax and has no value
+static void add_sinks(const Call& c, const Task& t, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; r < t.queries * group; r++) {
+    const float sink = c.sinks[t.head * group + r % group] * LOG2_E;
+    const float top = max_float(s->top[r], sink), shrink = exp2f(s->top[r] - top);
+    s->top[r] = top;
+    s->sum[r] = s->sum[r] * shrink + exp2f(sink - top);
+    for (int j = 0; j < d; j++) s->out[int64_t(r) * d + j] *= shrink;
+  }
+}
+
 static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
+  if (c.sinks) add_sinks(c, t, s);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
     const int query = t.query_from + r / group - c.mass.first_query[t.seq];
     if (query < 0 || c.mass.place[t.seq] < 0) continue;
@@ -82,6 +95,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
   for (int r = 0; r < t.queries * group; r++) {
     float* row = s->out + int64_t(r) * d;
     for (int j = 0; j < d; j++) row[j] /= s->sum[r];
+    rotate_row(c.layout, row);
     const int64_t token = c.batch.query_start[t.seq] + t.query_from + r / group;
     store_row(const_cast<char*>(tensor_row(c, c.output, token, t.head * group + r % group)), c.dtype, d, row);
   }
@@ -90,7 +104,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
 static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, const Denominators& z) {
   const Layout& l = c.layout;
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, c.soft_cap * LOG2_E};
   load_queries(c, t, x->query);
 #if defined(__AVX512BF16__)
   if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
@@ -119,7 +133,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
 static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial,
                       const Denominators& z) {
   const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, 0.f};
   softmax_begin(&s, rows, d);
   for (int r = 0; r < rows; r++) {
     for (int i = 0; i < splits; i++) s.top[r] = max_float(s.top[r], partial[(t[i].partial + r) * (d + 2)]);
@@ -180,7 +194,7 @@ static Tasks split_work(const Call& c, Task* tasks) {
 }
 
 // false: no memory
-static bool attend(const Call& c) {
+static bool attend_call(const Call& c) {
   const Tasks n = split_work(c, nullptr);
   const bool counts = c.mass.first_query != nullptr;
   Array<Task> tasks(n.count);
@@ -208,4 +222,17 @@ static bool attend(const Call& c) {
       }
   }
   return !failed && (!counts || count_mass(c, z));
+}
+
+// false: no memory
+static bool attend(const Call& c) {
+  if (!c.layout.rotation && !c.key_offset) return attend_call(c);
+  const int64_t items = int64_t(c.batch.query_start[c.batch.num_seqs]) * c.num_kv_heads * c.layout.head_size;
+  Array<float> key(items), value(items);
+  if (!key.ok() || !value.ok()) return false;
+  Call entered = c;
+  entered.key = enter_fresh(c, c.key, true, key.data);
+  entered.value = enter_fresh(c, c.value, false, value.data);
+  entered.fresh_dtype = Dtype::f32;
+  return attend_call(entered);
 }

@@ -63,7 +63,9 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
     for (int r = 0; r < queries * group; r++) {
       const int visible = min_int(t.count, causal_from + r / group + 1);
       const int64_t row = (z.offset[t.seq] + q - first + r / group) * c.num_heads + t.head * group + r % group;
-      if (visible > 0) add_row(x->score + r * TILE, visible, z.log2[row], mass);
+      if (visible <= 0) continue;
+      if (c.soft_cap > 0.f) soft_cap_row(x->score + r * TILE, visible, c.soft_cap * LOG2_E);
+      add_row(x->score + r * TILE, visible, z.log2[row], mass);
     }
   }
   const int before = t.part == Part::store ? 0 : c.batch.stored[t.seq] + (t.part == Part::fresh ? c.batch.ring[t.seq] : 0);

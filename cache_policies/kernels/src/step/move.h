@@ -7,10 +7,20 @@
 // codes of eight channels of a key, from channel c on
 KV_INLINE f8 key_codes(const Layout& l, const uint8_t* run, int slot, int c) {
   alignas(32) float code[8];
-  for (int i = 0; i < 8; i++) {
-    const CodeSlot k = key_slot(slot, c + i, l.k_bits, l.head_size);
-    code[i] = float(run[l.key + k.byte] >> k.shift & ((1 << l.k_bits) - 1));
+  for (int i = 0; i < 8; i++)
+    code[i] = float(get_code(run + l.key, key_slot(slot, c + i, l.k_bits, l.head_size), l.k_bits));
+  return f8_load(code);
+}
+
+// codes of eight channels of a value, from channel c on
+KV_INLINE f8 value_codes(const Layout& l, const uint8_t* run, int slot, int c) {
+  if (l.v_bits != 3) {
+    const CodeSlot v = value_slot(slot & ~3, c, l.v_bits, l.page_tokens);  // a lane of four tokens
+    return f8_load_codes(run + l.value + v.byte, slot % 4 * 8 + v.shift, l.v_bits);
   }
+  alignas(32) float code[8];
+  for (int i = 0; i < 8; i++)
+    code[i] = float(get_code(run + l.value, value_slot(slot, c + i, 3, l.page_tokens), 3));
   return f8_load(code);
 }
 
@@ -24,8 +34,7 @@ static void read_codes(const Layout& l, const uint8_t* run, int slot, float* key
     const f8 scale = channels ? f8_load_f16(ks + by_channel) : f8_set(f16_to_float(ks[by_token]));
     const f8 low = channels ? f8_load_f16(km + by_channel) : f8_set(f16_to_float(km[by_token]));
     f8_store(key + c, f8_fma(key_codes(l, run, slot, c), scale, low));
-    const CodeSlot v = value_slot(slot & ~3, c, l.v_bits, n);  // a lane of four tokens
-    const f8 code = f8_load_codes(run + l.value + v.byte, slot % 4 * 8 + v.shift, l.v_bits);
+    const f8 code = value_codes(l, run, slot, c);
     f8_store(value + c, f8_fma(code, f8_set(f16_to_float(vs[by_token])), f8_set(f16_to_float(vm[by_token]))));
   }
 }
@@ -66,9 +75,9 @@ static void read_octet(const Call& c, int seq, int head, int token, float* key, 
   }
   for (int i = 0; i < 8; i++) {
     load_row(rows.value.row[i], rows.value.dtype, d, value + i * d);
-    if (!rows.key.scale) continue;
-    scale_row(key + i * d, d, rows.key.scale[i]);
-    scale_row(value + i * d, d, rows.value.scale[i]);
+    if (rows.key.scale) scale_row(key + i * d, d, rows.key.scale[i]);
+    if (rows.value.scale) scale_row(value + i * d, d, rows.value.scale[i]);
+    leave_key(c, head, key + i * d);
   }
 }
 
@@ -84,12 +93,16 @@ static void read_token(const Call& c, int seq, int head, int token, float* key, 
   if (token < 0) {
     memset(key, 0, sizeof(float) * size_t(c.layout.head_size));
     memset(value, 0, sizeof(float) * size_t(c.layout.head_size));
-  } else if (token < stored) {
+    return;
+  }
+  if (token < stored) {
     read_stored(c, seq, head, token, key, value);
   } else {  // the first `appended` fresh tokens are in store and ring already
     const int pending = token - stored;
     load_pending(c, seq, head, pending < ring ? pending : pending + c.batch.appended[seq], 1, ring, key, value);
   }
+  leave_key(c, head, key);
+  rotate_row(c.layout, value);
 }
 
 enum { MOVED_TOGETHER = 64 };  // tokens of a task
@@ -119,18 +132,21 @@ static void write_head(Call& c, int seq, int head, const int32_t* index, int cou
   int i = 0;
   if (c.layout.kind == Kind::affine && c.layout.keys_per_channel) {
     i = min_int(count, stored);
+    for (int t = 0; t < i; t++) enter_key(c, head, key + int64_t(t) * d);
     write_store(c, seq, head, 0, i, key, value);
   }
   for (int n; i < count; i += n) {
     float *k = key + int64_t(i) * d, *v = value + int64_t(i) * d;
     n = 1;
     if (index[i] < 0) continue;
-    if (index[i] < stored) {
-      n = in_order(index + i, min_int(count - i, stored - index[i]));
-      write_store(c, seq, head, index[i], n, k, v);
-    } else {
-      write_ring(c, seq, head, index[i] - stored, k, v);
+    const bool store = index[i] < stored;
+    if (store) n = in_order(index + i, min_int(count - i, stored - index[i]));
+    for (int j = 0; j < n; j++) {
+      enter_key(c, head, k + int64_t(j) * d);
+      rotate_row(c.layout, v + int64_t(j) * d);
     }
+    if (store) write_store(c, seq, head, index[i], n, k, v);
+    else write_ring(c, seq, head, index[i] - stored, k, v);
   }
 }
 

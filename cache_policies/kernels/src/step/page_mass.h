@@ -43,7 +43,9 @@ static void add_tile(const Call& c, const MassTask& tile, const SampledRows& row
   for (int r = 0; r < rows.count * group; r++) {
     const int sees = tile.part == Part::fresh ? rows.query[r / group] - tile.first + 1 : tile.count;
     const int visible = min_int(tile.count, sees);
-    if (visible > 0) add_scores(x->score + r * TILE, visible, x->top + r, x->sum + r);
+    if (visible <= 0) continue;
+    if (c.soft_cap > 0.f) soft_cap_row(x->score + r * TILE, visible, c.soft_cap * LOG2_E);
+    add_scores(x->score + r * TILE, visible, x->top + r, x->sum + r);
   }
 }
 
@@ -76,16 +78,18 @@ static void sum_by_page(const Call& c, const SampleTask& t, const SampledRows& r
   end_sums(n, x, log2 + pages, pages + 1);
 }
 
-// a row's sums become shares, added to those of its block
-static void add_shares(const Call& c, const PageMass& m, int head, int block, int pages, const float* log2) {
+// a row's sums become shares, added to those of its block; sink: of its query head
+static void add_shares(const Call& c, const PageMass& m, int head, int block, int pages, const float* log2, float sink) {
   const int parts = min_int(m.samples, m.blocks[3 * block + 2]);
   const int64_t at = int64_t(block) * c.num_kv_heads + head;
-  float top = -1e30f, sum = 0.f;
+  float top = sink;
   for (int p = 0; p <= pages; p++) top = max_float(top, log2[p]);
+  float sum = c.sinks ? exp2f(sink - top) : 0.f;
   for (int p = 0; p <= pages; p++) sum += exp2f(log2[p] - top);
   const float weight = 1.f / (sum * float(parts * heads_per_query(c)));
   for (int p = 0; p < pages; p++) m.mass[at * m.width + p] += weight * exp2f(log2[p] - top);
-  m.rest[at] += weight * exp2f(log2[pages] - top);
+  const float unread = c.sinks ? exp2f(sink - top) : 0.f;  // sinks are never left out
+  m.rest[at] += weight * (exp2f(log2[pages] - top) + unread);
 }
 
 static void sample_rows(const Call& c, const PageMass& m, const SampleTask& t, const SampledRows& rows, float* log2,
@@ -94,8 +98,10 @@ static void sample_rows(const Call& c, const PageMass& m, const SampleTask& t, c
   const int pages = (c.batch.stored[t.seq] + c.layout.page_tokens - 1) / c.layout.page_tokens;
   load_samples(c, t, rows, x->query);
   sum_by_page(c, t, rows, pages, log2, x);
-  for (int r = 0; r < rows.count * group; r++)
-    add_shares(c, m, t.head, rows.block[r / group], pages, log2 + int64_t(r) * (pages + 1));
+  for (int r = 0; r < rows.count * group; r++) {
+    const float sink = c.sinks ? c.sinks[t.head * group + r % group] * LOG2_E : -1e30f;
+    add_shares(c, m, t.head, rows.block[r / group], pages, log2 + int64_t(r) * (pages + 1), sink);
+  }
 }
 
 static void sample_task(const Call& c, const PageMass& m, const SampleTask& t, float* log2, Scratch* x) {
@@ -133,7 +139,7 @@ static int split_samples(const Call& c, const PageMass& m, SampleTask* tasks) {
 }
 
 // false: no memory
-static bool page_mass(const Call& c, const PageMass& m) {
+static bool page_mass_call(const Call& c, const PageMass& m) {
   const int count = split_samples(c, m, nullptr);
   Array<SampleTask> tasks(count);
   if (!tasks.ok()) return false;
@@ -149,4 +155,15 @@ static bool page_mass(const Call& c, const PageMass& m) {
       if (x && log2.ok()) sample_task(c, m, tasks[i], log2.data, x);
   }
   return !failed;
+}
+
+// As in attend: fresh keys are brought to the form of stored ones first, where that is another.
+static bool page_mass(const Call& c, const PageMass& m) {
+  if (!c.layout.rotation && !c.key_offset) return page_mass_call(c, m);
+  Array<float> key(int64_t(c.batch.query_start[c.batch.num_seqs]) * c.num_kv_heads * c.layout.head_size);
+  if (!key.ok()) return false;
+  Call entered = c;
+  entered.key = enter_fresh(c, c.key, true, key.data);
+  entered.fresh_dtype = Dtype::f32;
+  return page_mass_call(entered, m);
 }

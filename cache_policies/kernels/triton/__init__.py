@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: host side here, device functions in ``device``."""

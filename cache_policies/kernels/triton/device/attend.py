@@ -1,0 +1,196 @@
+"""One softmax over store, ring and fresh tokens, in one program or split over several."""
+
+import triton
+import triton.language as tl
+
+from cache_policies.kernels.triton.device.codes import keys, per_token, values
+from cache_policies.kernels.triton.device.place import store_of, tile_of, tokens_to_read
+from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
+from cache_policies.kernels.triton.device.types import narrow
+
+LEAST = tl.constexpr(-1.0e38)  # a finite start of a maximum: -inf minus itself is no number
+
+
+@triton.jit
+def for_store(q, PAGE: tl.constexpr):
+    """Queries in the type of the store's dot products."""
+    if PAGE.dot == tl.float16:
+        q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0)
+    return q.to(PAGE.dot)
+
+
+@triton.jit
+def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
+                 BLOCK: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Scores in base 2 ``[queries, rows]`` of stream ``S`` of a tile."""
+    k = keys(rows, valid, S, PAGE, BLOCK, MASK)
+    x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
+    if PAGE.kind == "int8":
+        x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[
+            None, :
+        ]
+    if MASK:
+        x = tl.where(valid[None, :], x, float("-inf"))
+    return x
+
+
+@triton.jit
+def store_tile(q, m, l, acc, store, tile, limit, scale, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+               READS: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Add a tile of the store: scores of all streams, then one step of the softmax."""
+    STREAMS: tl.constexpr = PAGE.streams
+    STEP: tl.constexpr = 32 // STREAMS
+    rows, token = tile_of(store, tile, limit, PAGE, BLOCK, READS)
+    scores = ()
+    highest = tl.full([q.shape[0], BLOCK // STREAMS], LEAST, tl.float32)
+    for s in tl.static_range(STREAMS):
+        valid = token + s * STEP < limit
+        x = store_scores(q, rows, valid, scale, s, PAGE, BLOCK, MASK)
+        highest = tl.maximum(highest, x)
+        scores = scores + (x,)
+    top = tl.maximum(m, tl.max(highest, 1))
+    alpha = tl.exp2(m - top)
+    acc *= alpha[:, None]
+    weight = tl.zeros([q.shape[0], BLOCK // STREAMS], tl.float32)
+    for s in tl.static_range(STREAMS):
+        p = tl.exp2(scores[s] - top[:, None])
+        weight += p
+        valid = token + s * STEP < limit
+        v = values(rows, valid, s, PAGE, BLOCK, MASK)
+        acc = tl.dot(p.to(PAGE.dot), v, acc, input_precision=PAGE.precision)
+    l = l * alpha + tl.sum(weight, 1)
+    return top, l, acc
+
+
+@triton.jit
+def recent_tile(q, m, l, acc, k, v, seen, scale, PAGE: tl.constexpr):
+    """Add a tile of ring or fresh tokens; ``seen`` is ``[queries, tokens]``."""
+    x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
+    x = tl.where(seen, x, float("-inf"))
+    top = tl.maximum(m, tl.max(x, 1))
+    alpha = tl.exp2(m - top)
+    p = tl.exp2(x - top[:, None])
+    acc = tl.dot(p.to(PAGE.recent), v, acc * alpha[:, None], input_precision=PAGE.precision)
+    return top, l * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit
+def over_store(q, m, l, acc, store, low, end, limit, scale, PAGE: tl.constexpr,
+               BLOCK: tl.constexpr, READS: tl.constexpr):  # fmt: skip
+    """Add tiles ``low .. end`` of the store; of the last one a part may be held."""
+    whole = tl.minimum(limit // BLOCK, end)
+    for tile in range(low, whole):
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, False)
+    for tile in range(tl.maximum(low, whole), end):
+        m, l, acc = store_tile(q, m, l, acc, store, tile, limit, scale, PAGE, BLOCK, READS, True)
+    return m, l, acc
+
+
+@triton.jit
+def over_ring(q, m, l, acc, pages, row, page_stride, offset, count, scale, PAGE: tl.constexpr,
+              RECENT: tl.constexpr):  # fmt: skip
+    """Add the ring, which every query sees."""
+    for begin in range(0, count, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = ring_at(pages, row, page_stride, offset, j, count, PAGE)
+        k, v = recent(k, v, j < count, PAGE)
+        m, l, acc = recent_tile(q, m, l, acc, k, v, (j < count)[None, :], scale, PAGE)
+    return m, l, acc
+
+
+@triton.jit
+def over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token, count,
+               scale, PAGE: tl.constexpr, RECENT: tl.constexpr):  # fmt: skip
+    """Add the first ``count`` fresh tokens; query ``token`` sees those up to itself."""
+    for begin in range(0, count, RECENT):
+        j = begin + tl.arange(0, RECENT)
+        k, v = fresh_at(key, value, key_stride, value_stride, start, head, j, PAGE)
+        k, v = recent(k, v, j < count, PAGE)
+        seen = (j[None, :] <= token[:, None]) & (j < count)[None, :]
+        m, l, acc = recent_tile(q, m, l, acc, k, v, seen, scale, PAGE)
+    return m, l, acc
+
+
+@triton.jit
+def attend(
+    query, key, value, output, part_sum, part_lse, lse, tasks, query_start, stored_count,
+    ring_count, store_row, pages, table, chosen, count, scale, splits, width, table_stride,
+    query_stride, key_stride, value_stride, output_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
+    PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
+    SPLIT: tl.constexpr, READS: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """One block of queries and one KV head; where SPLIT, part ``program_id(2)`` of the store.
+
+    The last part is that of the recent tokens. A row of a block is a query of one query head.
+    """
+    GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
+    task, head, part = tasks + 3 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, first = tl.load(task), tl.load(task + 1)
+    start = tl.load(query_start + seq)
+    fresh = tl.load(query_start + seq + 1) - start
+    rows, columns = first + tl.arange(0, M), tl.arange(0, PAGE.width)
+    token, head_row = rows // GROUP, head * GROUP + rows % GROUP
+    live = rows < fresh * GROUP
+    real = live[:, None] & (columns < PAGE.head_size)[None, :]
+    at = head_row[:, None] * PAGE.head_size + columns[None, :]
+    line = (start + token).to(tl.int64)
+    raw = tl.load(query + line[:, None] * query_stride + at, mask=real, other=0.0)
+
+    store = store_of(pages, table, table_stride, store_row, chosen, count, width, seq, head,
+                     page_stride, head_stride, PAGE, READS)  # fmt: skip
+    limit = tokens_to_read(store, tl.load(stored_count + seq), PAGE, READS)
+    ring = tl.load(ring_count + seq)
+    last = tl.minimum(fresh, (first + M - 1) // GROUP + 1)  # no query of the block sees further
+    low, end = 0, tl.cdiv(limit, BLOCK)
+    if SPLIT:
+        each = tl.cdiv(end, splits)
+        low = tl.where(part == splits, 0, part * each)
+        end = tl.where(part == splits, 0, tl.minimum(low + each, end))
+        ring, last = tl.where(part == splits, ring, 0), tl.where(part == splits, last, 0)
+    m, l = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, PAGE.width], tl.float32)
+    m, l, acc = over_store(
+        for_store(raw, PAGE), m, l, acc, store, low, end, limit, scale, PAGE, BLOCK, READS
+    )
+    q, row = raw.to(PAGE.recent), table + seq.to(tl.int64) * table_stride
+    m, l, acc = over_ring(
+        q, m, l, acc, pages, row, page_stride, store[5], ring, scale, PAGE, RECENT
+    )
+    m, l, acc = over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token,
+                           last, scale, PAGE, RECENT)  # fmt: skip
+
+    safe = tl.where(l > 0, l, 1.0)
+    result, total = acc / safe[:, None], tl.where(l > 0, m + tl.log2(safe), float("-inf"))
+    if SPLIT:
+        line = (tl.load(task + 2) + token).to(tl.int64) * PAGE.heads + head_row
+        line = line * (splits + 1) + part
+        tl.store(part_sum + line[:, None] * PAGE.head_size + columns[None, :], result, mask=real)
+        tl.store(part_lse + line, total, mask=live)
+    else:
+        result = narrow(result, output.dtype.element_ty)
+        tl.store(output + line[:, None] * output_stride + at, result, mask=real)
+        if LSE:
+            tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
+
+
+@triton.jit
+def combine(part_sum, part_lse, output, lse, lines, parts, output_stride, PAGE: tl.constexpr,
+            WIDTH: tl.constexpr, LSE: tl.constexpr):  # fmt: skip
+    """Join the parts of one query and head; ``lines`` are the queries' numbers in the step."""
+    token = tl.load(lines + tl.program_id(0)).to(tl.int64)
+    head = tl.program_id(1)
+    line = tl.program_id(0).to(tl.int64) * PAGE.heads + head
+    part, columns = tl.arange(0, WIDTH), tl.arange(0, PAGE.width)
+    real = (part < parts)[:, None] & (columns < PAGE.head_size)[None, :]
+    each = tl.load(part_lse + line * parts + part, mask=part < parts, other=float("-inf"))
+    top = tl.max(each, 0)
+    weight = tl.exp2(each - top)
+    total = tl.sum(weight, 0)
+    at = (line * parts + part)[:, None] * PAGE.head_size + columns[None, :]
+    x = tl.load(part_sum + at, mask=real, other=0.0)
+    x = narrow(tl.sum(x * weight[:, None], 0) / total, output.dtype.element_ty)
+    at = token * output_stride + head * PAGE.head_size + columns
+    tl.store(output + at, x, mask=columns < PAGE.head_size)
+    if LSE:
+        tl.store(lse + token * PAGE.heads + head, top + tl.log2(total))

@@ -1,0 +1,165 @@
+"""Keys and values of a tile of store pages, decoded: ``[rows, width]`` in ``PAGE.dot``.
+
+A row is a token of the stream ``S``: codes of 2, 4 or 8 bits lie in bit fields of 16-bit words
+(``pages/codecs/packing.py``, planes), and the tokens of one bit field are a stream. Where keys and
+values differ in bits, the one with more fields decides the streams.
+"""
+
+import triton
+import triton.language as tl
+
+from cache_policies.kernels.triton.device.place import at_rows
+
+
+@triton.jit
+def unpack(words, shift, BITS: tl.constexpr):
+    """Codes as float16, of words of two channels ``[n, d]`` -> ``[n, 2 d]``.
+
+    0x6400 | code is the float16 1024 + code; the subtraction is exact.
+    """
+    n: tl.constexpr = words.shape[0]
+    d: tl.constexpr = words.shape[1]
+    x = ((words >> shift) & (((1 << BITS) - 1) * 0x10001)) | 0x64006400
+    low, high = (x & 0xFFFF).to(tl.uint16), (x >> 16).to(tl.uint16)
+    pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
+    return tl.reshape(pair, (n, 2 * d)) - 1024.0
+
+
+@triton.jit
+def repeat_rows(x, TIMES: tl.constexpr):
+    """``[n, d]`` -> ``[n * TIMES, d]``."""
+    n: tl.constexpr = x.shape[0]
+    d: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, None, :], (n, TIMES, d)), (n * TIMES, d))
+
+
+@triton.jit
+def repeat_columns(x, TIMES: tl.constexpr):
+    """``[n, d]`` -> ``[n, d * TIMES]``."""
+    n: tl.constexpr = x.shape[0]
+    d: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (n, d, TIMES)), (n, d * TIMES))
+
+
+@triton.jit
+def load_columns(pointer, PAGE: tl.constexpr):
+    """Load ``[rows, width]``; channels beyond the head size are 0."""
+    if PAGE.width == PAGE.head_size:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=(tl.arange(0, PAGE.width) < PAGE.head_size)[None, :], other=0)
+
+
+@triton.jit
+def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Codes of stream ``S`` as float16 numbers."""
+    base, place, inner, _ = rows
+    FIRST: tl.constexpr = S * (32 // PAGE.streams)  # of the stream's tokens in a span of 32
+    ROWS: tl.constexpr = 2 * BITS  # of words for a span
+    row = place // 32 * ROWS + (FIRST % ROWS + inner)
+    column = tl.arange(0, PAGE.width // 2)[None, :]
+    at = row[:, None] * (PAGE.head_size // 2) + column
+    pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.uint32)) + at
+    if PAGE.width == PAGE.head_size:
+        words = tl.load(pointer)
+    else:
+        words = tl.load(pointer, mask=column < PAGE.head_size // 2, other=0)
+    return unpack(words, FIRST // ROWS * BITS, BITS)
+
+
+@triton.jit
+def by_channel(rows, FIELD: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """Scales that groups of tokens share, one row of channels a group, repeated."""
+    base, place, _, origin = rows
+    STEP: tl.constexpr = 32 // PAGE.streams
+    GROUP: tl.constexpr = max(PAGE.group, 32)
+    COUNT: tl.constexpr = BLOCK // GROUP
+    if PAGE.tokens % BLOCK == 0:
+        first = origin + tl.arange(0, COUNT) * GROUP
+    else:
+        TIMES: tl.constexpr = GROUP // 32 * STEP
+        first = tl.min(tl.reshape(place, (COUNT, TIMES)), 1)
+        base = tl.max(tl.reshape(base.to(tl.int64), (COUNT, TIMES)), 1)
+        base = base.to(tl.pointer_type(tl.uint8))
+    group = (first + S * STEP) // PAGE.group
+    at = group[:, None] * PAGE.head_size + tl.arange(0, PAGE.width)[None, :]
+    x = load_columns(
+        (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at, PAGE
+    )
+    return repeat_rows(x, GROUP // 32 * STEP)
+
+
+@triton.jit
+def by_token(base, token, valid, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+             MASK: tl.constexpr):  # fmt: skip
+    """Scales of the tokens' groups of channels, each repeated."""
+    group = tl.arange(0, PAGE.width // PAGE.group)[None, :]
+    at = group * PAGE.tokens + token[:, None]
+    pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at
+    real = group < PAGE.head_size // PAGE.group
+    if MASK:  # what was never written may be NaN, and 0 * NaN is NaN
+        x = tl.load(pointer, mask=real & valid[:, None], other=0.0)
+    elif PAGE.width == PAGE.head_size:
+        x = tl.load(pointer)
+    else:
+        x = tl.load(pointer, mask=real, other=0.0)
+    return repeat_columns(x, PAGE.group)
+
+
+@triton.jit
+def per_token(base, token, valid, FIELD: tl.constexpr, MASK: tl.constexpr):
+    """int8's scale of each token, ``[rows]``."""
+    pointer = (base + FIELD).to(tl.pointer_type(tl.float16)) + token
+    if MASK:
+        return tl.load(pointer, mask=valid, other=0.0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+         MASK: tl.constexpr):  # fmt: skip
+    """Keys of stream ``S``; those of int8 still without their scale."""
+    base, place, inner, _ = rows
+    token = place + (S * (32 // PAGE.streams) + inner)
+    if PAGE.kind == "codes":
+        x = codes(rows, PAGE.key_at, PAGE.key_bits, S, PAGE, BLOCK)
+        if PAGE.by_channel:
+            scale = by_channel(rows, PAGE.key_scale, S, PAGE, BLOCK)
+            low = by_channel(rows, PAGE.key_min, S, PAGE, BLOCK)
+        else:
+            scale = by_token(base, token, valid, PAGE.key_scale, PAGE, BLOCK, MASK)
+            low = by_token(base, token, valid, PAGE.key_min, PAGE, BLOCK, MASK)
+        return x * scale + low
+    else:  # octets: [token / 8, channel, token % 8]
+        column = tl.arange(0, PAGE.width)[None, :] * 8
+        at = (token // 8 * (8 * PAGE.head_size) + token % 8)[:, None] + column
+        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.key_at).to(tl.pointer_type(PAGE.stored))
+        return load_columns(pointer + at, PAGE).to(PAGE.dot)
+
+
+@triton.jit
+def values(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+           MASK: tl.constexpr):  # fmt: skip
+    """Values of stream ``S``; finite where ``valid`` is false."""
+    base, place, inner, _ = rows
+    token = place + (S * (32 // PAGE.streams) + inner)
+    if PAGE.kind == "codes":
+        x = codes(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
+        scale = by_token(base, token, valid, PAGE.value_scale, PAGE, BLOCK, MASK)
+        low = by_token(base, token, valid, PAGE.value_min, PAGE, BLOCK, MASK)
+        return x * scale + low
+    else:
+        column = tl.arange(0, PAGE.width)[None, :]
+        pointer = (at_rows(base, BLOCK, PAGE) + PAGE.value_at).to(tl.pointer_type(PAGE.stored))
+        pointer += token[:, None] * PAGE.head_size + column
+        if MASK:
+            real = valid[:, None] & (column < PAGE.head_size)
+            x = tl.load(pointer, mask=real, other=0).to(PAGE.dot)
+        else:
+            x = load_columns(pointer, PAGE).to(PAGE.dot)
+        if PAGE.kind == "int8":
+            x *= per_token(base, token, valid, PAGE.value_scale, MASK)[:, None]
+        return x

@@ -1,0 +1,75 @@
+"""The one place where kernels are launched; a recorder may take the place of the GPU."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what it takes to run a kernel, or to compile it for a GPU that is not here.
+
+    Attributes:
+        function: a ``triton.jit`` function.
+        grid: programs in three dimensions.
+        arguments: tensors and numbers, in the function's order.
+        constants: compile-time arguments by name.
+        options: warps, stages and fusion.
+
+    """
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _run(launch: Launch) -> None:
+    launch.function[launch.grid](*launch.arguments, **launch.constants, **launch.options)
+
+
+_launcher: Callable[[Launch], None] = _run
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 2,
+    fusion: bool = True,
+    **constants: Any,
+) -> None:
+    """Launch a kernel; nothing where the grid is empty.
+
+    Args:
+        function: a ``triton.jit`` function.
+        grid: programs in up to three dimensions.
+        arguments: its arguments at run time.
+        warps: warps of a program.
+        stages: of the software pipeline.
+        fusion: whether a product and a sum may be rounded once.
+        constants: its arguments at compile time.
+
+    """
+    if 0 not in grid:
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+        _launcher(Launch(function, grid, arguments, constants, options))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, to compile them for other machines."""
+    global _launcher  # noqa: PLW0603
+    found: list[Launch] = []
+    _launcher = found.append
+    try:
+        yield found
+    finally:
+        _launcher = _run

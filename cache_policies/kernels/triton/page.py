@@ -1,0 +1,141 @@
+"""What a device function knows of pages at compile time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.affine import AffineCodec
+from cache_policies.pages.codecs.flexgen import FlexGen
+from cache_policies.pages.codecs.int8 import Int8
+from cache_policies.pages.codecs.kivi import Kivi
+from cache_policies.pages.codecs.packing import PLANES
+from cache_policies.pages.codecs.plain import Raw
+
+if TYPE_CHECKING:
+    from cache_policies.kernels.contract import Shape
+    from cache_policies.pages.layout import PageLayout
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+CODES, INT8, PLAIN = "codes", "int8", "plain"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page layout, heads and types; one specialization of each kernel.
+
+    Attributes:
+        kind: ``codes`` (bit fields), ``int8`` or ``plain`` numbers.
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_size: channels.
+        tokens: tokens of a page.
+        key_at: byte offset of the keys; so ``value_at``.
+        key_scale: byte offset of a field of scales; so the other three.
+        key_bits: of a code; so ``value_bits``.
+        group: tokens or channels that share a scale.
+        by_channel: whether key scales belong to channels.
+        ring_tokens: ring tokens in a page.
+        stored: type of plain numbers or int8.
+        ring: type of the ring.
+        dot: type of dot products over the store; float16 for codes, which it holds exactly.
+        recent: type of dot products over ring and fresh tokens.
+        precision: of dot products of float32.
+
+    """
+
+    kind: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    tokens: int
+    key_at: int
+    value_at: int
+    key_scale: int
+    key_min: int
+    value_scale: int
+    value_min: int
+    key_bits: int
+    value_bits: int
+    group: int
+    by_channel: bool
+    ring_tokens: int
+    stored: Any
+    ring: Any
+    dot: Any
+    recent: Any
+    precision: str
+
+    @property
+    def width(self) -> int:
+        """Channels of a tile: a power of two."""
+        return int(triton.next_power_of_2(self.head_size))
+
+    @property
+    def streams(self) -> int:
+        """Tokens in a column of a tile of words; see ``device.codes``."""
+        return 16 // min(self.key_bits, self.value_bits) if self.kind == CODES else 1
+
+    @classmethod
+    def of(cls, layout: PageLayout, shape: Shape) -> Page:
+        """The page of a layer.
+
+        Raises:
+            PolicyError: the pages are packed for another kernel, or the codec is unknown.
+
+        """
+        if layout.packing != PLANES:
+            raise PolicyError(f"the triton kernel reads pages packed as {PLANES} only")
+        codec, model = layout.codec, layout.model_dtype
+        affine = codec if isinstance(codec, AffineCodec) else None
+        scales = ("key_scale", "key_min", "value_scale", "value_min")
+        kind, stored = _kind(layout)
+        return cls(
+            kind=kind,
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            head_size=layout.head_size,
+            tokens=layout.page_tokens,
+            key_at=layout.offsets["key"],
+            value_at=layout.offsets["value"],
+            **{name: layout.offsets.get(name, 0) for name in scales},
+            key_bits=affine.key_bits if affine else 8,
+            value_bits=affine.value_bits if affine else 8,
+            group=affine.divisor if affine else 1,
+            by_channel=affine is not None and affine.keys_per_channel,
+            ring_tokens=layout.ring_tokens,
+            stored=stored,
+            ring=TYPES[layout.ring_dtype],
+            dot=_dot(stored) if kind == PLAIN else tl.float16,
+            recent=_dot(TYPES[model]),
+            precision="ieee" if torch.version.hip else "tf32x3",
+        )
+
+
+def _kind(layout: PageLayout) -> tuple[str, Any]:
+    codec = layout.codec
+    if isinstance(codec, (FlexGen, Kivi)):
+        return CODES, tl.uint16
+    if isinstance(codec, Int8):
+        return INT8, tl.int8
+    if isinstance(codec, Raw):
+        return PLAIN, TYPES[codec.dtype(layout.model_dtype)]
+    raise PolicyError(
+        f"the triton kernel does not know the codec {codec}; it knows raw, fp16, bf16, int8, "
+        "flexgen-4bit and kivi"
+    )
+
+
+def _dot(stored: Any) -> Any:
+    """Type of dot products; the interpreter has no arithmetic in bfloat16."""
+    return tl.float32 if stored == tl.bfloat16 and interpreting() else stored

@@ -1,0 +1,151 @@
+"""The GPU's side: a backend registered by name, chosen for full-attention layers under a policy.
+
+Nothing here has run on a GPU. Unlike on a CPU, vLLM chooses a backend for each kind of layer, so no
+stock object is stood in for, and a server without a policy never meets this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from cache_policies.errors import PolicyError
+from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
+from cache_policies.vllm_plugin.backend import (
+    EdgeBackend,
+    RingStoreBackend,
+    RingStoreImpl,
+    RingStoreMetadata,
+    RingStoreMetadataBuilder,
+)
+from cache_policies.vllm_plugin.config import settings
+
+if TYPE_CHECKING:
+    import argparse
+
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+FULL_ATTENTION = "full_attention"  # a key of vLLM's AttentionConfig.backend_per_kind
+BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
+
+
+class GpuBackend(AttentionBackend):  # type: ignore[misc]
+    """Triton's kernels over our pages."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    edge = False
+
+    @staticmethod
+    def get_name() -> str:
+        return AttentionBackendEnum.CUSTOM.name
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        return GpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RingStoreMetadataBuilder]:
+        return GpuMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_STEP)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:  # noqa: ARG003
+        return BLOCK_SIZE
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Those in which the bytes of a head lie together in a page, wherever the page lies.
+
+        The kernels take strides of pages and heads; in other layouts a view of bytes would be a
+        copy, and what is written to it would be lost.
+        """
+        layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC)
+        return (*layouts, KVCacheLayout.BHLNC)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return (EdgeBackend if cls.edge else RingStoreBackend).customize_spec(spec)
+
+
+class GpuEdgeBackend(GpuBackend):
+    """The same for first and last layers that have another codec."""
+
+    edge = True
+
+
+class GpuMetadataBuilder(RingStoreMetadataBuilder):
+    """Takes the counts that the scheduler's side knows, so that no step waits for the GPU."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> RingStoreMetadata:
+        # Exact but for speculative decoding under async scheduling, which a policy refuses.
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
+        assert lengths is not None, "vLLM gives no lengths on the host"
+        common = replace(common_attn_metadata, seq_lens=lengths)
+        return super().build(common_prefix_len, common, fast_build)
+
+
+class GpuImpl(RingStoreImpl):
+    """Attention of one layer on a GPU."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Ours; there is no stock implementation behind this name."""
+        vllm_config = get_current_vllm_config()
+        asked = settings(vllm_config)
+        if asked is None:
+            raise PolicyError(
+                "the attention backend CUSTOM is kvthrift's and needs a cache policy; drop "
+                "--attention-config, or give --cache-policy"
+            )
+        RingStoreImpl.policy_in_use = str(asked.policy)
+        RingStoreImpl.layers_in_use = vllm_config.model_config.get_total_num_hidden_layers()
+        return object.__new__(cls)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        for module in self._modules.values():
+            if getattr(module, "attn_backend", None) is EdgeBackend:
+                module.attn_backend = GpuEdgeBackend
+
+
+def choose_backend(args: argparse.Namespace) -> None:
+    """Make vLLM take our backend for full-attention layers, and pages of ``BLOCK_SIZE`` tokens.
+
+    Args:
+        args: vLLM's arguments, changed in place.
+
+    Raises:
+        PolicyError: another backend was asked for.
+
+    """
+    asked = args.attention_config
+    other = getattr(args, "attention_backend", None) or asked.backend
+    other = asked.backend_per_kind.get(FULL_ATTENTION, other)
+    if other not in {None, AttentionBackendEnum.CUSTOM}:
+        name = getattr(other, "name", other)
+        raise PolicyError(
+            f"--cache-policy brings its own attention backend; drop {name} from "
+            "--attention-backend or --attention-config"
+        )
+    asked.backend_per_kind = asked.backend_per_kind | {FULL_ATTENTION: AttentionBackendEnum.CUSTOM}
+    if args.block_size is None:
+        args.block_size = BLOCK_SIZE

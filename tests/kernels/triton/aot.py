@@ -1,0 +1,237 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what the compiler made of them.
+
+Run as a program it prints one line for each kernel and target; see also ``benchmarks.gpu_bound``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cache_policies.kernels.contract import Mass, Reads
+from cache_policies.kernels.triton.kernel import TritonKernel
+from cache_policies.kernels.triton.launch import Launch, recorded
+from tests.kernels.triton.setup import make
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+# Bytes of shared memory that a program may have on the smallest GPU of each kind: sm_86 and sm_89
+# run what is built for sm_80.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one target.
+
+    Attributes:
+        name: of the function, and what it was called for.
+        target: a name of ``TARGETS``.
+        binary: what Triton returns.
+        warps: of a program.
+        constants: compile-time arguments.
+
+    """
+
+    name: str
+    target: str
+    binary: Any
+    warps: int
+    constants: dict[str, Any]
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return int(self.binary.metadata.shared)
+
+    @cached_property
+    def _resources(self) -> dict[str, int]:
+        if self.target == "gfx942":
+            names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count",
+                     "sgpr_spill_count")  # fmt: skip
+            found = (re.search(rf"\.{n}:\s+(\d+)", self.binary.asm["amdgcn"]) for n in names)
+            values = [int(match[1]) for match in found if match]
+            assert len(values) == 4, "the assembly names its resources in another way"
+            return {"registers": values[0], "stack": values[1], "spills": values[2] + values[3]}
+        used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", self._dump("-res-usage"))
+        assert used, "cuobjdump names the resources in another way"
+        local = sum(op.startswith(("LDL", "STL")) for op, _, _ in self.instructions)
+        return {"registers": int(used[1]), "stack": int(used[2]) + int(used[3]), "spills": local}
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        return self._resources["registers"]
+
+    @property
+    def stack(self) -> int:
+        """Bytes of local memory of a thread."""
+        return self._resources["stack"]
+
+    @property
+    def spills(self) -> int:
+        """Instructions (NVIDIA) or registers (AMD) that spill."""
+        return self._resources["spills"]
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Instructions of tensor cores or matrix cores."""
+        if self.target == "gfx942":
+            return self.binary.asm["amdgcn"].count("v_mfma")
+        return sum("MMA" in op for op, _, _ in self.instructions)
+
+    @cached_property
+    def instructions(self) -> list[tuple[str, int, str]]:
+        """SASS: operation, address, operands."""
+        line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)")
+        matches = (line.match(text) for text in self._dump("-sass").splitlines())
+        return [(m[2], int(m[1], 16), m[3]) for m in matches if m]
+
+    def main_loop(self) -> list[str]:
+        """Operations of the loop over whole tiles: of the innermost loops with most products.
+
+        The loop over tiles of which a part is held has as many, and more of the rest.
+        """
+        bodies = [
+            [op for op, at, _ in self.instructions if low <= at <= high and op != "NOP"]
+            for low, high in self._loops()
+        ]
+        most = max(sum("MMA" in op for op in body) for body in bodies)
+        return min((b for b in bodies if sum("MMA" in op for op in b) == most), key=len)
+
+    @property
+    def lane_instructions_per_code(self) -> float:
+        """Of the main loop; a tile has a code of a key and of a value for token and channel."""
+        codes = self.constants["BLOCK"] * self.constants["PAGE"].head_size * 2
+        return len(self.main_loop()) * self.warps * 32 / codes
+
+    def _loops(self) -> list[tuple[int, int]]:
+        found = []
+        for op, at, rest in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+            if target and int(target[1], 16) < at:
+                found.append((int(target[1], 16), at))
+        inner = lambda a, b: a != b and a[0] >= b[0] and a[1] <= b[1]  # noqa: E731
+        return [x for x in found if not any(inner(y, x) for y in found)]
+
+    def _dump(self, what: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.binary.asm["cubin"])
+            file.flush()
+            command = [str(CUOBJDUMP), what, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def launches(policy: str, **options: Any) -> dict[str, Launch]:
+    """What one layer launches, by name: every kernel, called as an engine calls it.
+
+    Args:
+        policy: a policy string.
+        options: of ``Setup.make``; heads, head size, dtype.
+
+    """
+    options = {"heads": 32, "kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16} | options
+    setup = make(policy, **options)
+    kernel = TritonKernel(setup.layout, setup.shape, splits=4)
+    heads, row = setup.shape.num_kv_heads, setup.layout.ring_pages
+    found: dict[str, Launch] = {}
+
+    def note(name: str, *calls: Launch) -> None:
+        found.update({f"{c.function.__name__} {name}".strip(): c for c in calls})
+
+    for name, fresh in (("decode", [1, 1]), ("prefill", [96, 96])):
+        batch, tokens = setup.batch([512, 512], fresh), setup.tokens(sum(fresh), 0)
+        with recorded() as calls:
+            kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]))
+        note(name, *calls)
+    first = torch.zeros(2, dtype=torch.int32)
+    place = torch.tensor([0, -1], dtype=torch.int32)
+    mass = Mass(first, first, place, torch.zeros(heads, 1024))
+    reads = Reads(torch.zeros(2, heads, 4, dtype=torch.int32), first[:, None].expand(2, heads))
+    batch, tokens = setup.batch([512, 512], [1, 1]), setup.tokens(2, 0)
+    with recorded() as calls:
+        kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]), mass, reads)
+    note("reading chosen pages, counted", *calls)
+    batch, tokens = setup.batch([500, 0], [96, 32]), setup.tokens(128, 0)
+    one = batch.one(0, held=512, stored=512, store_row=row)
+    index = torch.arange(512, dtype=torch.int32).expand(heads, -1).contiguous()
+    x = torch.zeros(heads, 512, setup.layout.head_size)
+    with recorded() as calls:
+        kernel.append(setup.pages, batch, *tokens[1:])
+        kernel.read(setup.pages, one, *tokens[1:], index)
+        kernel.write(setup.pages, one, index, x, x)
+    note("", *calls)
+    return found
+
+
+def compiled(name: str, launch: Launch, target: str) -> Compiled:
+    """Compile a recorded launch for a target, specialized as Triton specializes at run time."""
+    names, constants = launch.function.arg_names, dict(launch.constants)
+    if target == "gfx942":  # Page.of asks torch for this; here the GPU is not torch's
+        constants["PAGE"] = replace(constants["PAGE"], precision="ieee")
+    signature, attributes = {}, {}
+    for at, (argument, value) in enumerate(zip(names, launch.arguments, strict=False)):
+        signature[argument], aligned = _type_of(argument, value)
+        if aligned:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        launch.function,
+        {n: signature[n] for n in names},
+        {(names.index(n),): value for n, value in constants.items()},
+        attributes,
+    )
+    binary = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
+    return Compiled(name, target, binary, launch.options["num_warps"], constants)
+
+
+def _type_of(name: str, value: Any) -> tuple[str, bool]:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i64" if name in {"page_stride", "head_stride"} else "i32"), value % 16 == 0
+
+
+def report(
+    policy: str, targets: list[str], kernels: str = "", **options: Any
+) -> Iterator[Compiled]:
+    """Compile the kernels whose name contains ``kernels``, and print a line for each."""
+    for name, launch in launches(policy, **options).items():
+        for target in targets if kernels in name else []:
+            c = compiled(name, launch, target)
+            loop = ""
+            if name.startswith("attend") and target != "gfx942":
+                loop = f"{c.lane_instructions_per_code:5.2f} instructions a code"
+            print(
+                f"{policy:12} {name:42} {target:7} registers {c.registers:3} stack {c.stack:4} "
+                f"spills {c.spills:3} shared {c.shared:6} matrix {c.matrix_instructions:3} {loop}",
+                flush=True,
+            )  # fmt: skip
+            yield c
+
+
+if __name__ == "__main__":
+    list(report(sys.argv[1], sys.argv[2].split(","), sys.argv[3] if len(sys.argv) > 3 else "",
+                head_size=int(sys.argv[4]) if len(sys.argv) > 4 else 128))  # fmt: skip

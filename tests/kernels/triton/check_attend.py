@@ -1,0 +1,159 @@
+"""Attention of the Triton kernels against the reference, and what ``append`` leaves in the pages.
+
+Run by ``test_triton`` in Triton's interpreter, and by ``make gpu-check`` on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_policies.errors import PolicyError
+from tests.kernels.harness import TOLERANCE, Setup
+from tests.kernels.test_cpu import LENGTHS
+from tests.kernels.test_cpu import POLICIES as CPU_POLICIES
+from tests.kernels.triton.setup import ALL, Both, examples, make
+
+POLICIES = [policy for policy in CPU_POLICIES if "rotated" not in policy]
+# One codec of each kind of page daily, the whole list nightly.
+DAILY = ("raw", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "kivi(k_bits=2,v_bits=4)",
+         "bf16", "kivi-4bit(group=16,residual=64)")  # fmt: skip
+SEQUENCES = st.lists(
+    st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))),
+    min_size=1,
+    max_size=4 if ALL else 2,
+)
+
+
+def compare(setup: Setup, sequences: list[tuple[int, int]], **options: object) -> None:
+    computed, fresh = [c for c, _ in sequences], [f for _, f in sequences]
+    setup.fill(computed)
+    batch, tokens = setup.batch(computed, fresh), setup.tokens(sum(fresh), seed=7)
+    both = Both(setup, **options)
+    expected, got = both.attend(batch, tokens, {}, {})
+    assert expected.isfinite().all(), "the test itself read what was never written"
+    tolerance = TOLERANCE[setup.layout.model_dtype]
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+    expected, got = both.append(batch, *tokens[1:])
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES if ALL else DAILY)
+@examples(1, 15)
+@given(
+    sequences=SEQUENCES,
+    heads=st.sampled_from(((1, 1), (3, 3), (6, 2), (4, 1), (9, 3), (7, 1), (24, 1))),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    seed=st.integers(0, 9),
+)
+def test_equals_reference(
+    policy: str,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    setup = make(
+        policy, seqs=len(sequences), heads=heads[0], kv_heads=heads[1], dtype=dtype, seed=seed
+    )
+    compare(setup, sequences)
+
+
+@pytest.mark.parametrize("policy", DAILY)
+def test_decode_beside_prefill(policy: str) -> None:
+    """Around the edge of a page; one request decodes, whose store is split, one is in prefill."""
+    setup = make(policy, heads=2, kv_heads=1, dtype=torch.float16)
+    compare(setup, [(257, 1), (127, 6)], splits=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", POLICIES if ALL else ("fp16", "kivi-4bit"))
+def test_model_types(policy: str, dtype: torch.dtype) -> None:
+    compare(make(policy, seqs=1, heads=3, kv_heads=1, dtype=dtype), [(150, 1)])
+
+
+SIZES = [
+    (head_size, page_tokens, policy)
+    for head_size in (64, 80, 96, 128, 256)
+    for page_tokens in (32, 64, 128, 256)
+    for policy in ("raw", "fp16", "int8", "flexgen-4bit(group=16)",
+                   "kivi-4bit(group=16,residual=32)", "kivi-2bit(group=32,residual=32)")
+]  # fmt: skip
+FEW_SIZES = [
+    (80, 128, "flexgen-4bit(group=16)"), (96, 64, "kivi-2bit(group=32,residual=32)"),
+    (128, 128, "kivi-4bit(group=128)"), (80, 32, "int8"), (256, 256, "fp16"),
+    (256, 32, "kivi-4bit(group=16,residual=32)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("head_size", "page_tokens", "policy"), SIZES if ALL else FEW_SIZES)
+def test_head_and_page_sizes(head_size: int, page_tokens: int, policy: str) -> None:
+    try:
+        setup = make(policy, heads=2, kv_heads=1, head_size=head_size, page_tokens=page_tokens)
+    except PolicyError as error:
+        assert "does not divide head size 80" in str(error)  # noqa: PT017
+        pytest.skip("this group does not divide this head size, and is refused")
+    compare(setup, [(300, 1), (97, 40)] if ALL else [(170, 1), (33, 3)])
+
+
+@pytest.mark.parametrize("splits", [1, 3, 16] if ALL else [3])
+@pytest.mark.parametrize("policy", POLICIES if ALL else ("fp16", "kivi-2bit"))
+def test_splits_do_not_change_the_result(policy: str, splits: int) -> None:
+    setup = make(policy, seqs=1, heads=3, kv_heads=1, max_tokens=900)
+    compare(setup, [(800, 1)], splits=splits)
+
+
+def test_pages_with_gaps_between_them_are_read_in_place() -> None:
+    """As where other layers' pages lie between: neither stride is that of a packed tensor."""
+    setup = make("kivi-4bit", heads=2, kv_heads=2)
+    pages = setup.pages
+    wide = torch.zeros(pages.shape[0], 3, pages.shape[1], pages.shape[2], dtype=torch.uint8)
+    wide[:, 1] = pages
+    setup.pages = wide[:, 1]
+    assert not setup.pages.is_contiguous()
+    setup.fill([200, 0])
+    batch, tokens = setup.batch([200, 0], [1, 3]), setup.tokens(4, seed=7)
+    both = Both(setup)
+    whole = wide.to(both.pages_there.device)
+    both.pages_there = whole[:, 1]
+    assert both.pages_there.data_ptr() != both.pages_there.contiguous().data_ptr()
+    both.pages = setup.pages
+    expected, got = both.attend(batch, tokens, {}, {})
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=0)
+    assert torch.equal(*both.append(batch, *tokens[1:]))
+    others = torch.tensor([0, 2])
+    assert not whole.cpu()[:, others].any(), "bytes of other layers were written"
+
+
+def test_wrong_arguments_are_refused_before_an_address_is_used() -> None:
+    setup = make("fp16")
+    both, batch = Both(setup), setup.batch([0, 0], [1, 1])
+    query, key, value = setup.tokens(2, seed=0)
+    with pytest.raises(ValueError, match=r"query must be torch\.float32"):
+        both.triton.attend(setup.pages, batch, query.half(), key, value, query)
+    with pytest.raises(ValueError, match="key has shape"):
+        both.triton.append(setup.pages, batch, key[:, :1], value)
+    with pytest.raises(ValueError, match="page shape"):
+        both.triton.append(setup.pages[:, :1], batch, key, value)
+
+
+def test_pages_packed_for_another_kernel_are_refused() -> None:
+    setup = Setup.make("kivi-4bit")
+    with pytest.raises(PolicyError, match="packed as planes only"):
+        Both(setup)
+
+
+def test_what_the_kernels_do_not_know_is_refused_by_name() -> None:
+    with pytest.raises(PolicyError, match="codes of 3 bits have no packing for the triton kernel"):
+        Both(make("rotated-3bit"))
+    with pytest.raises(PolicyError, match=r"does not know the codec rotated.*knows raw, fp16"):
+        Both(make("rotated-4bit"))
+    setup = make("fp16")
+    slots = torch.zeros(2, 2, 8, dtype=torch.int32)
+    batch = replace(setup.batch([0, 0], [1, 1]), slots=slots)
+    with pytest.raises(PolicyError, match="unequal page slots"):
+        Both(setup).triton.append(setup.pages, batch, *setup.tokens(2, 0)[1:])

@@ -1,0 +1,74 @@
+"""``make gpu-check`` and ``make gpu-engine``: as far as they run without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_engine import passkeys, rows_of
+from benchmarks.gpu_machine import NO_GPU, Row, save
+from benchmarks.gpu_model import model_rows
+from cache_policies.kernels.cpu import CpuKernel
+from cache_policies.kernels.reference import ReferenceKernel
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", ["gpu_check", "gpu_engine"])
+def test_triton_programs_end_with_one_line_where_there_is_no_gpu(
+    program: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == NO_GPU
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "no GPU here" in done.stderr
+    assert "nothing was run" in done.stderr
+    assert not done.stdout
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_triton_model_check_on_the_cpu_kernels() -> None:
+    """The program that a GPU runs with Triton's kernels: here with the C++ ones."""
+    rows = model_rows("cpu", CpuKernel, ReferenceKernel, [150, 1, 1])
+    assert [row.passed for row in rows] == [True, True], rows
+
+
+def test_triton_checks_against_torch_run_in_the_interpreter() -> None:
+    program = (
+        "from benchmarks.gpu_timing import reference_row, sdpa_row\n"
+        "rows = [reference_row('cpu'), "
+        "sdpa_row('cpu', seqs=1, context=70, heads=4, kv_heads=2, head_size=64)]\n"
+        "assert all(row.passed for row in rows), rows\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_triton_results_are_saved_and_a_failure_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("one", True, "fine"), Row("two", None, "not run"), Row("three", False, "broken")]
+    assert not save(rows, tmp_path / "out.json", gpu="none")
+    assert save(rows[:2], tmp_path / "good.json")
+    assert "three  FAILED  broken" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["gpu"] == "none"
+    assert [row["passed"] for row in written["rows"]] == [True, None, False]
+
+
+def test_triton_engines_raw_tokens_are_compared_with_stock_ones() -> None:
+    one = {"tokens": [[1, 2]], "passkeys": 8, "of": 8, "tokens_per_second": 10.0}
+    assert rows_of({"stock": one, "raw": one})[0].passed
+    assert not rows_of({"stock": one, "raw": one | {"tokens": [[1, 3]]}})[0].passed
+    for prompt, key in passkeys(4, 20):
+        assert prompt.count(key) == 2
