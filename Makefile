@@ -3,8 +3,8 @@
 # make test-triton-all   every Triton kernel interpreted and compiled for four targets (hours)
 # make gpu-check         the Triton kernels on a GPU: tests, speed, graphs (8 minutes)
 # make gpu-engine        a vLLM engine on a GPU beside stock vLLM
-# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
+# make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
@@ -41,15 +41,15 @@ GPU_PYTHON ?= .venv/bin/python
 gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.$(subst -,_,$@)
 
-test-sanitizers: setup
-	scripts/test_sanitizers.sh
-
 .venv-next/.ready: scripts/setup_next.sh .venv/.ready
 	scripts/setup_next.sh
 	touch $@
 
 test-vllm-next: .venv-next/.ready
 	.venv-next/bin/python -m pytest tests/scheduling
+
+test-sanitizers: setup
+	scripts/test_sanitizers.sh
 
 deploy-test: setup
 	.venv/bin/python -m pytest -s --timeout 1200 deploy/tests

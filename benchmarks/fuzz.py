@@ -29,6 +29,7 @@ MODEL = "smollm2-135m"
 FLAGS = [
     "--cache-policy", "kivi-4bit", "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager",
     "--max-model-len", "512", "--disable-uvicorn-access-log", "--policy-alias", "fast=snapkv",
+    "--enable-scale-out",
 ]  # fmt: skip
 SAID = [{"role": "user", "content": "Hello there."}]
 ROUTES: dict[str, dict[str, Any]] = {

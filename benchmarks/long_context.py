@@ -19,6 +19,8 @@ import argparse
 import json
 import re
 import shutil
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -256,6 +258,8 @@ def main() -> None:
     """Run everything that time allows; the report is written anew after every row."""
     given = parse()
     given.out.mkdir(parents=True, exist_ok=True)
+    # a terminated run must stop its server too: SystemExit unwinds the context managers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     clock = Clock(given.minutes)
     rows: list[Row] = []
     work = [(MODELS[m], p) for m in given.models for p in given.policies]

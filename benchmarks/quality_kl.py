@@ -29,6 +29,9 @@ POLICIES = (
     "kivi(k_bits=4,v_bits=2)",
     "kivi(k_bits=2,v_bits=4)",
     "kivi-2bit",
+    "rotated-4bit",
+    "rotated(k_bits=4,v_bits=3)",
+    "rotated-3bit",
 )
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -15,7 +15,8 @@ import math
 import torch
 
 from cache_policies.policy import parse
-from server.capacity import ModelShape, capacity
+from server.capacity import capacity
+from server.model_shape import ModelShape
 
 POLICIES = ("fp16", "kivi-4bit", "kivi-2bit", "snapkv(budget=1024)+kivi-4bit")
 SHAPE = ModelShape(32, 8, 128, torch.bfloat16)  # of an 8B model with 8 KV heads, as Llama 3.1's

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3.11}
 torch="torch==2.13.0+cpu"
+vision="torchvision==0.28.0+cpu"
 torch_index=https://download.pytorch.org/whl/cpu
 SECONDS=0
 say() { printf 'setup: %4d s  %s\n' "$SECONDS" "$*"; }
@@ -22,6 +23,9 @@ say "$torch, and beside it the $(grep -c == constraints.txt) packages of constra
 torch & other=$!
 install --requirement constraints.txt || { kill "$other"; exit 1; }
 wait "$other" || { cat .venv/torch.log >&2; exit 1; }
+# Code of some models (Qwen3.5) imports torchvision; only a build for the same torch does.
+vision() { install "$vision" || install --retries 0 --timeout 15 --extra-index-url "$torch_index" "$vision"; }
+vision 2>/dev/null || say "$vision cannot be had: models that import it (Qwen3.5) cannot be served"
 say "kvthrift: its kernels are compiled"
 install --editable .
 say "byte code, so that the first start is not slower than the next"

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache_policies.pages.plan import Plan
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.request import Engine, span_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
     from cache_policies.policy import Policy
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What of a model decides the size of its cache.
-
-    Attributes:
-        layers: attention layers.
-        num_kv_heads: KV heads of a layer.
-        head_size: channels of a KV head.
-        dtype: dtype the model runs in.
-
-    """
-
-    layers: int
-    num_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-
-    @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype) -> ModelShape:
-        """Read ``config.json`` of a model folder."""
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        heads = config["num_attention_heads"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or config["hidden_size"] // heads,
-            dtype=dtype,
-        )
+    from server.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -53,16 +19,20 @@ class Capacity:
     """A policy on a model with so much memory.
 
     Attributes:
-        bytes_per_token: store bytes of a token in all layers.
-        ring_bytes: bytes of a request's recent window in all layers.
-        request_bytes: bytes of a request of the given length, in whole pages.
-        requests: requests of the given length that fit together, ring included.
-        ratio: 16-bit bytes of such a request divided by its bytes under the policy.
+        bytes_per_token: store bytes of a token in all layers that grow.
+        ring_bytes: bytes of a request's recent window in all of them.
+        constant_bytes: bytes of a request in layers that do not grow.
+        request_bytes: bytes of a request of the given length, in whole pages, all of these
+            included.
+        requests: requests of the given length that fit together.
+        ratio: bytes of such a request with 16-bit tokens in the layers that grow, divided by its
+            bytes under the policy.
 
     """
 
     bytes_per_token: float
     ring_bytes: int
+    constant_bytes: int
     request_bytes: int
     requests: int
     ratio: float
@@ -86,13 +56,16 @@ def capacity(
     engine = Engine(plan, shape.layers, longest=2 * tokens, room=2**31)
     span = span_of(policy.method, engine, tokens)
     pages = span.pages(tokens) - len(span.given_back(tokens))
-    half = tokens * 4 * shape.head_size * shape.num_kv_heads * shape.layers
+    constant = shape.constant_bytes
+    half = tokens * 4 * shape.head_size * shape.num_kv_heads * shape.layers + constant
+    needed = pages * page_bytes + constant
     return Capacity(
         bytes_per_token=page_bytes / page_tokens,
         ring_bytes=plan.ring_pages * page_bytes,
-        request_bytes=pages * page_bytes,
-        requests=memory // page_bytes // pages,
-        ratio=half / (pages * page_bytes),
+        constant_bytes=constant,
+        request_bytes=needed,
+        requests=memory // needed,
+        ratio=half / needed,
     )
 
 

@@ -22,7 +22,7 @@ from server.models import MODELS, ModelError, get_model, model_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from server.capacity import ModelShape
+    from server.model_shape import ModelShape
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -87,7 +87,10 @@ def policies(
 
     shape = _shape(model, dtype)
     size = _bytes(memory)
-    table = Table(title=f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens")
+    title = f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens"
+    if shape.constant_bytes:
+        title += f"; {shape.constant_bytes:,} bytes of each in layers that do not grow"
+    table = Table(title=title)
     for heading in (
         "policy",
         "parameters",
@@ -118,14 +121,12 @@ def policies(
 
 
 def _methods() -> Table:
-    from cache_policies.retention import Retention, retention_methods
-    from cache_policies.retrieval import RETRIEVAL, Retrieval
+    from cache_policies.policy import method_classes
 
     table = Table(title="with any codec, as METHOD+CODEC; a request may choose METHOD for itself")
     for heading in ("method", "parameters", "keeps", "loses", "prefill"):
         table.add_column(heading, overflow="fold")
-    methods: dict[str, type[Retention] | type[Retrieval]] = {**retention_methods(), **RETRIEVAL}
-    for name, cls in methods.items():
+    for name, cls in method_classes().items():
         shown = ", ".join(f"{k}={v}" for k, v in cls.settable().items() if k != "prefill")
         table.add_row(name, shown, cls.keeps, cls.loses, ", ".join(cls.PREFILL))
     return table
@@ -158,7 +159,7 @@ def path(name: str) -> None:
 def _shape(model: str, dtype: str) -> ModelShape:
     import torch
 
-    from server.capacity import ModelShape
+    from server.model_shape import ModelShape
 
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):

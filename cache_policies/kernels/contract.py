@@ -176,17 +176,20 @@ class Mass:
 
 @dataclass(frozen=True)
 class Reads:
-    """The store pages that ``attend`` reads.
+    """The store pages that ``attend`` reads, in lists.
 
     Attributes:
-        pages: ``[num_seqs, num_kv_heads, width]`` int32, ascending.
-        count: ``[num_seqs, num_kv_heads]`` int32, how many of them, the same for every head of
-            a request; -1: all pages of the request.
+        pages: ``[num_lists, num_kv_heads, width]`` int32, ascending.
+        count: ``[num_lists, num_kv_heads]`` int32, how many of them; -1: all of the request.
+        first: ``[num_seqs]`` int32, the first list of each request.
+        block: queries that share a list; 0: all of a request's share its first one.
 
     """
 
     pages: torch.Tensor
     count: torch.Tensor
+    first: torch.Tensor
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,26 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
+        key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
+            is attended to or stored, and added again to what is read; a softmax does not see it.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay as they are.
+        sinks: ``[num_heads]`` float32, scores learned by the model which take part in the softmax
+            of every query and have no key and value; None: there are none.
 
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
+    key_offset: torch.Tensor | None = None
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+
+def sampled(first: int, queries: int, samples: int) -> list[int]:
+    """The fresh queries of a block that ``page_mass`` compares: the last of equal parts."""
+    parts = min(samples, queries)
+    return [first + (i + 1) * queries // parts - 1 for i in range(parts)]
 
 
 class Kernel(Protocol):
@@ -239,6 +256,33 @@ class Kernel(Protocol):
             output: same shape as ``query``, written.
             mass: probability mass to count.
             reads: store pages to read; all by default.
+
+        """
+
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compare a few queries of each block with every key they may see.
+
+        Args:
+            pages: as for ``attend``.
+            batch: as for ``attend``.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``, the fresh keys.
+            blocks: ``[n, 3]`` int32: request, its first fresh query in the block, queries.
+            samples: queries of a block that are compared, evenly spread; see ``sampled``.
+
+        Returns:
+            mass ``[n, num_kv_heads, most store pages]`` float32, the mean share of attention of
+            the sampled queries and the query heads of a KV head that each store page gets; and
+            ``[n, num_kv_heads]``, that of ring, fresh tokens and learned sinks. Together they
+            are 1.
 
         """
 

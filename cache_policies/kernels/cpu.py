@@ -14,6 +14,7 @@ import torch
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
 from cache_policies.pages.codecs.packing import LANES
@@ -66,6 +67,7 @@ class CpuKernel:
         self.layout, self.shape, self.num_threads = layout, shape, num_threads
         self.isa = isa or supported_isas()[0]
         self._dtype = layout.model_dtype
+        self._sinks = _sinks(shape)  # must live as long as the kernel
         self._layer = _cpu.Layer(
             self.isa,
             _layout(layout),
@@ -73,7 +75,10 @@ class CpuKernel:
             shape.num_heads,
             shape.num_kv_heads,
             shape.scale,
+            shape.soft_cap,
+            0 if self._sinks is None else self._sinks.data_ptr(),
             rounding,
+            self._key_offset(),
         )
 
     @classmethod
@@ -103,6 +108,34 @@ class CpuKernel:
             self.num_threads,
         )
         del kept_alive
+
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._set(pages, batch)
+        _require(blocks.dtype == torch.int32 and blocks.is_contiguous(), "blocks: int32")
+        _require(samples > 0, "at least one sample")
+        heads = self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // self.layout.page_tokens)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        self._layer.page_mass(
+            *self._rows("query", query, self.shape.num_heads),
+            *self._rows("key", key, heads),
+            blocks.data_ptr(),
+            len(blocks),
+            samples,
+            mass.data_ptr(),
+            rest.data_ptr(),
+            most,
+            self.num_threads,
+        )
+        return mass, rest
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -170,6 +203,15 @@ class CpuKernel:
             self.num_threads,
         )  # fmt: skip
 
+    def _key_offset(self) -> int:
+        offset = self.shape.key_offset  # lives as long as the kernel does
+        if offset is None:
+            return 0
+        wanted = (self.shape.num_kv_heads, self.layout.head_size)
+        _require(offset.dtype == torch.float32 and offset.is_contiguous(), "key_offset: float32")
+        _require(offset.shape == wanted, f"key_offset: shape {tuple(offset.shape)}, not {wanted}")
+        return int(offset.data_ptr())
+
     @property
     def _groups_tokens(self) -> bool:
         codec = self.layout.codec
@@ -194,7 +236,7 @@ class CpuKernel:
         self, batch: Batch, mass: Mass | None, reads: Reads | None
     ) -> list[torch.Tensor]:
         """Pass the addresses on; returns what must live until the call is over."""
-        addresses, kept = [0, 0, 0, 0, 0, 0, 0, 0], []
+        addresses, kept = [0] * 10, []
         if mass is not None:
             held = batch.stored + batch.ring + batch.query_start[1:] - batch.query_start[:-1]
             out, kept = mass.out, [mass.first_query, mass.first_token, mass.place]
@@ -209,7 +251,10 @@ class CpuKernel:
         if reads is not None:
             _require(reads.pages.dtype == torch.int32 and reads.pages.is_contiguous(), "reads")
             _require(reads.count.dtype == torch.int32 and reads.count.is_contiguous(), "reads")
-            addresses[5:] = [reads.pages.data_ptr(), reads.count.data_ptr(), reads.pages.shape[2]]
+            _require(reads.first.dtype == torch.int32, "reads: int32")
+            _require(len(reads.first) == batch.num_seqs, "reads: a first list per request")
+            lists = [x.data_ptr() for x in (reads.pages, reads.count, reads.first)]
+            addresses[5:] = [*lists, reads.pages.shape[2], reads.block]
         self._layer.set_options(*addresses)
         return kept
 
@@ -243,6 +288,18 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"cpu kernel: {message}")
 
 
+def _group(codec: AffineCodec, head_size: int) -> int:
+    return codec.divisor if codec.keys_per_channel else codec.channel_group(head_size)
+
+
+def _sinks(shape: Shape) -> torch.Tensor | None:
+    if shape.sinks is None:
+        return None
+    sinks = shape.sinks.detach().to(torch.float32).contiguous()
+    _require(sinks.shape == (shape.num_heads,), f"sinks have shape {tuple(sinks.shape)}")
+    return sinks
+
+
 def _layout(layout: PageLayout) -> object:
     codec = layout.codec
     affine = codec if isinstance(codec, AffineCodec) else None
@@ -265,7 +322,8 @@ def _layout(layout: PageLayout) -> object:
         ring_pages=layout.ring_pages,
         k_bits=affine.key_bits if affine else 0,
         v_bits=affine.value_bits if affine else 0,
-        group=affine.divisor if affine else 1,
+        group=_group(affine, layout.head_size) if affine else 1,
+        rotation=rotation.block(layout.head_size) if codec.ROTATES else 0,
         keys_per_channel=affine.keys_per_channel if affine else False,
         run_bytes=layout.head_bytes,
         **offsets,

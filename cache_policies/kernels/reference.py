@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
@@ -24,6 +25,8 @@ class ReferenceKernel:
 
     def __init__(self, layout: PageLayout, shape: Shape) -> None:
         self.layout, self.shape, self.plan = layout, shape, Plan.of(layout)
+        self._turned = layout.codec.turned
+        self._offset = 0.0 if shape.key_offset is None else shape.key_offset[:, None]
 
     @classmethod
     def summary(cls) -> str:
@@ -44,11 +47,38 @@ class ReferenceKernel:
             span = _span(batch, seq)
             keys, values = self._held(pages, batch, seq, key[span], value[span])
             mask = self._visible(batch, seq, keys.shape[1], reads)
-            weights = self._weights(query[span].float(), keys, mask)
+            weights = self._weights(self._turned(query[span].float()), keys, mask)
             values = values.repeat_interleave(self._group, 0)
-            output[span] = (weights @ values).transpose(0, 1).to(output.dtype)
+            out = self._turned(weights @ values)
+            output[span] = out.transpose(0, 1).to(output.dtype)
             if mass is not None and int(mass.place[seq]) >= 0:
                 self._count(weights, int(batch.stored[seq]), seq, mass)
+
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size, heads = self.plan.page_tokens, self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // size)
+        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        for i, (seq, first, queries) in enumerate(blocks.tolist()):
+            fresh = key[_span(batch, seq)]
+            keys, _ = self._held(pages, batch, seq, fresh, fresh)
+            mask = self._visible(batch, seq, keys.shape[1], None)
+            rows = torch.tensor(sampled(first, queries, samples))
+            chosen = query[int(batch.query_start[seq]) + rows].float()
+            weights = self._weights(chosen, keys, mask[:, rows])
+            mean = weights.mean(1).unflatten(0, (heads, -1)).mean(1)  # [kv heads, tokens]
+            stored = int(batch.stored[seq])
+            page = torch.arange(stored) // size
+            mass[i].index_add_(1, page, mean[:, :stored])
+            rest[i] = 1 - mass[i].sum(1)
+        return mass, rest
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -80,7 +110,9 @@ class ReferenceKernel:
         ends, parts = spans(batch.host, index.shape[1], start), []
         for seq, (first, end) in enumerate(pairwise(ends)):
             span = _span(batch, seq, int(batch.appended[seq]))
-            both = torch.cat(self._held(pages, batch, seq, key[span], value[span]), -1)
+            keys, values = self._held(pages, batch, seq, key[span], value[span])
+            keys = self._turned(keys) + self._offset
+            both = torch.cat([keys, self._turned(values)], -1)
             both = torch.cat([both, both.new_zeros(both.shape[0], 1, both.shape[2])], 1)
             at = index[:, first:end].long()
             at = torch.where(at < 0, both.shape[1] - 1, at)[..., None]
@@ -97,10 +129,14 @@ class ReferenceKernel:
         value: torch.Tensor,
         start: torch.Tensor | None = None,
     ) -> None:
-        ends, new = spans(batch.host, index.shape[1], start), torch.cat([key, value], -1)
+        ends, new = spans(batch.host, index.shape[1], start), self._entered(key, value)
         for seq, (first, end) in enumerate(pairwise(ends)):
             if end > first:
                 self._replace(pages, batch, seq, index[:, first:end], new[:, first:end])
+
+    def _entered(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Keys and values ``[num_kv_heads, n, head_size]`` as they are stored, side by side."""
+        return torch.cat([self._turned(key - self._offset), self._turned(value)], -1)
 
     def _replace(
         self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor, new: torch.Tensor
@@ -122,7 +158,10 @@ class ReferenceKernel:
     def _held(
         self, pages: torch.Tensor, batch: Batch, seq: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens of a request and the given ones, ``[num_kv_heads, tokens, head_size]``."""
+        """All tokens of a request and the given ones, as they are stored.
+
+        Each ``[num_kv_heads, tokens, head_size]``.
+        """
         stored = self._stored(pages, batch, seq)
         pending = self._pending(pages, batch, seq, key, value)
         return torch.cat([stored[0], pending[0]], 1), torch.cat([stored[1], pending[1]], 1)
@@ -147,7 +186,7 @@ class ReferenceKernel:
         rows = range(self.plan.ring_pages if count else 0)
         places = [_place(batch, seq, row, pages.shape[1]) for row in rows]
         recent = [self.layout.ring_view(pages[place]).float() for place in places]
-        fresh = torch.cat([key, value], -1).transpose(0, 1).float()
+        fresh = self._entered(key.transpose(0, 1).float(), value.transpose(0, 1).float())
         both = torch.cat([torch.cat(recent, 1)[:, :count], fresh], 1) if count else fresh
         return both[..., :head_size], both[..., head_size:]
 
@@ -185,19 +224,29 @@ class ReferenceKernel:
         fresh = int(batch.query_start[seq + 1] - batch.query_start[seq])
         causal = torch.ones(fresh, total, dtype=torch.bool).tril(total - fresh)
         mask = causal.repeat(self.shape.num_kv_heads, 1, 1)
-        if reads is None or int(reads.count[seq, 0]) < 0:
+        if reads is None:
             return mask
         page = torch.arange(int(batch.stored[seq])) // self.plan.page_tokens
-        for head in range(self.shape.num_kv_heads):
-            chosen = reads.pages[seq, head, : int(reads.count[seq, head])]
-            mask[head, :, : len(page)] &= torch.isin(page, chosen)
+        block = reads.block or max(1, fresh)
+        for number, first in enumerate(range(0, fresh, block), int(reads.first[seq])):
+            for head in range(self.shape.num_kv_heads):
+                count = int(reads.count[number, head])
+                if count >= 0:
+                    read = torch.isin(page, reads.pages[number, head, :count])
+                    mask[head, first : first + block, : len(page)] &= read
         return mask
 
     def _weights(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``[n, heads, d]`` against ``[kv heads, tokens, d]`` -> ``[heads, n, tokens]``."""
         keys, mask = (x.repeat_interleave(self._group, 0) for x in (keys, mask))
         scores = query.transpose(0, 1) @ keys.transpose(1, 2) * self.shape.scale
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if cap := self.shape.soft_cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.shape.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.shape.sinks.detach().float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
     def _count(self, weights: torch.Tensor, stored: int, seq: int, mass: Mass) -> None:
         out = mass.out[:, int(mass.place[seq]) :]

@@ -1,11 +1,12 @@
 """The policy string: parse, validate, print back.
 
 Grammar: ``term ['+' term]``, a term being ``name`` or ``name(key=value, ...)``. One term may
-name a codec (how a stored token is encoded), one another codec for the first and last layers, and
-one a retention method (which tokens stay) or a retrieval method (which pages a query reads)::
+name a codec (how a stored token is encoded), one another codec for the first and last layers,
+one a retention method (which tokens stay) or a retrieval method (which pages a query reads), and
+one sparse prefill (which pages the prompt's queries read)::
 
     kivi-2bit    snapkv(budget=1024)    snapkv(budget=1024)+kivi-4bit    infllm(topk=16)+int8
-    kivi-2bit+layers(first=2,last=2,codec=fp16)
+    kivi-2bit+layers(first=2,last=2,codec=fp16)    snapkv(budget=1024)+sparse-prefill(coverage=0.9)
 
 Without a codec, tokens are stored in float16.
 """
@@ -13,7 +14,7 @@ Without a codec, tokens are stored in float16.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,13 @@ from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters, read_arguments, shown
 from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
-from cache_policies.retrieval import RETRIEVAL
+from cache_policies.retrieval import PREFILL, RETRIEVAL
 
 if TYPE_CHECKING:
     from cache_policies.pages.codecs.base import Codec
     from cache_policies.retention.base import Retention
     from cache_policies.retrieval.base import Retrieval
+    from cache_policies.retrieval.sparse_prefill import SparsePrefill
 
 EDGE_PARAMETERS = parameters(EdgeLayers)
 DEFAULT_CODEC = "fp16"
@@ -44,20 +46,27 @@ class Method:
     Attributes:
         retention: None: every token stays.
         retrieval: None: every page is read.
+        prefill: None: the prompt's queries read every page too.
 
     """
 
     retention: Retention | None = None
     retrieval: Retrieval | None = None
+    prefill: SparsePrefill | None = None
 
     def __str__(self) -> str:
         """The canonical string; it parses back to an equal method."""
-        return str(self.retention or self.retrieval or KEEP_ALL)
+        return "+".join(map(str, self.parts)) or KEEP_ALL
+
+    @property
+    def parts(self) -> tuple[Retention | Retrieval | SparsePrefill, ...]:
+        """What was asked for."""
+        return tuple(p for p in (self.retention, self.retrieval, self.prefill) if p is not None)
 
     @property
     def is_plain(self) -> bool:
         """Whether every token stays and is read."""
-        return self.retention is None and self.retrieval is None
+        return not self.parts
 
 
 @dataclass(frozen=True)
@@ -167,34 +176,56 @@ def _split(text: str, allowed: str) -> tuple[Method, list[tuple[str, str | None]
             layout.append((name, arguments))
         else:
             methods.append(_method(text, name, arguments, allowed))
-    if len(methods) > 1:
+    return _combined(text, methods), layout
+
+
+def _combined(text: str, methods: list[Method]) -> Method:
+    prefills = [m for m in methods if m.prefill]
+    others = [m for m in methods if not m.prefill]
+    for several in (prefills, others):
+        if len(several) > 1:
+            raise PolicyError(
+                f"cache policy {text!r}: {several[0]} and {several[1]} cannot be combined; only "
+                f"one retention or retrieval method and one {', '.join(PREFILL)} can be given"
+            )
+    method = others[0] if others else Method()
+    if not prefills:
+        return method
+    chosen = method.retention or method.retrieval
+    if chosen is not None and chosen.bounded:
         raise PolicyError(
-            f"cache policy {text!r}: {methods[0]} and {methods[1]} cannot be combined; only one "
-            "retention or retrieval method can be given"
+            f"cache policy {text!r}: {prefills[0]} and {method} cannot be combined: the prompt "
+            "of a method with prefill=bounded reads a part already; give it prefill=full"
         )
-    return methods[0] if methods else Method(), layout
+    return replace(method, prefill=prefills[0].prefill)
 
 
 def _method(text: str, name: str, arguments: str | None, allowed: str) -> Method:
     if name == KEEP_ALL and not arguments:
         return Method()
-    retention, retrieval = retention_methods().get(name), RETRIEVAL.get(name)
-    cls = retention or retrieval
+    retention = retention_methods().get(name)
+    cls = method_classes().get(name)
     if cls is None:
         raise PolicyError(f"unknown cache policy {name!r}; {allowed}")
     try:
         given = read_arguments(name, arguments, cls.settable())
         if retention is not None:
             return Method(retention=retention.build(given))
-        assert retrieval is not None
-        return Method(retrieval=retrieval(**given))  # type: ignore[arg-type]
+        if name in PREFILL:
+            return Method(prefill=PREFILL[name](**given))  # type: ignore[arg-type]
+        return Method(retrieval=RETRIEVAL[name](**given))  # type: ignore[arg-type]
     except PolicyError as error:
         raise PolicyError(f"cache policy {text!r}: {error}") from None
 
 
+def method_classes() -> dict[str, type[Retention | Retrieval | SparsePrefill]]:
+    """What a request may choose, by name."""
+    return {**retention_methods(), **RETRIEVAL, **PREFILL}
+
+
 def method_names() -> list[str]:
     """What a request may choose."""
-    return [KEEP_ALL, *retention_methods(), *RETRIEVAL]
+    return [KEEP_ALL, *method_classes()]
 
 
 def _allowed_methods() -> str:

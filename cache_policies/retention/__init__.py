@@ -14,6 +14,7 @@ from cache_policies.retention.keydiff import KeyDiff
 from cache_policies.retention.knorm import Knorm
 from cache_policies.retention.lagkv import LagKV
 from cache_policies.retention.pyramidkv import PyramidKV
+from cache_policies.retention.r_kv import RKV
 from cache_policies.retention.random import Random
 from cache_policies.retention.snapkv import SnapKV
 from cache_policies.retention.streaming_llm import StreamingLLM
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BUILT_IN: tuple[type[Retention], ...] = (
-    StreamingLLM, H2O, SnapKV, PyramidKV, Tova, KeyDiff, Knorm, ExpectedAttention, LagKV, Random,
+    StreamingLLM, H2O, SnapKV, PyramidKV, Tova, KeyDiff, Knorm, ExpectedAttention, LagKV, RKV,
+    Random,
 )  # fmt: skip
 ENTRY_POINT = "kvthrift.retention"
 __all__ = ["BUILT_IN", "ENTRY_POINT", "Retention", "retention_methods"]

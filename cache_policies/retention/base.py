@@ -42,6 +42,9 @@ class Seen:
         load: returns the candidates' keys and values, each ``[num_kv_heads, n, head_size]``
             float32. It reads the pages: call it only if they are needed.
         queries: statistics of the prompt's queries, for methods that set ``USES_QUERIES``.
+        recent: ``[at most recent_queries, num_heads, head_size]`` float32, the last queries after
+            rotary embedding, for methods that ask for some.
+        scale: factor of the attention scores.
 
     """
 
@@ -53,6 +56,8 @@ class Seen:
     layers: int
     load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     queries: QueryStatistics | None = None
+    recent: torch.Tensor | None = None
+    scale: float = 1.0
 
     @cached_property
     def _loaded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,6 +242,11 @@ class Retention(ABC):
             self.score(seen).float().nan_to_num(least, most, least).masked_fill(stays, torch.inf)
         )
         return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+
+    @property
+    def recent_queries(self) -> int:
+        """How many of the last queries ``Seen.recent`` holds."""
+        return 0
 
     @property
     def rotates(self) -> bool:

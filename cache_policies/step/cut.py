@@ -166,6 +166,8 @@ class Cut:
             layers=layer.layers,
             load=lambda: layer.kernel.read(layer.pages, one, tokens.key, tokens.value),
             queries=known.queries,
+            recent=known.recent,
+            scale=layer.scale,
         )
 
 

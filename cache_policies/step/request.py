@@ -16,6 +16,8 @@ from cache_policies.pages.plan import Plan, Span
 from cache_policies.step.mass import Room
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
     from cache_policies.step.mass import MassBuffer
@@ -56,6 +58,13 @@ def span_of(method: Method, engine: Engine, prompt: int) -> Span:
     return public if fits else span(private=True)
 
 
+def _shares_nothing(method: Method, span: Span) -> bool:
+    """Whether the request's pages hold something else than full attention's keys from the start."""
+    chosen = method.retention or method.retrieval
+    cut = span.private and span.first_cut is not None
+    return chosen is not None and (chosen.bounded or cut)
+
+
 def published_tokens(method: Method, span: Span) -> int | None:
     """Tokens whose full pages may be published to the prefix cache; None: all.
 
@@ -63,10 +72,9 @@ def published_tokens(method: Method, span: Span) -> int | None:
     """
     if method.is_plain:
         return None
-    bounded = (method.retention or method.retrieval).bounded  # type: ignore[union-attr]
-    if bounded or (span.private and span.first_cut is not None):
+    if _shares_nothing(method, span):
         return 0
-    return span.prompt
+    return min(span.prompt, method.prefill.exact) if method.prefill else span.prompt
 
 
 def readable_tokens(method: Method, span: Span) -> int | None:
@@ -74,11 +82,10 @@ def readable_tokens(method: Method, span: Span) -> int | None:
 
     The queries that a method looks at must be computed, so the prompt's last ones are not taken.
     """
-    if method.is_plain:
-        return None
     chosen = method.retention or method.retrieval
-    assert chosen is not None
-    if chosen.NEEDS_EVERY_QUERY or published_tokens(method, span) == 0:
+    if chosen is None:
+        return None
+    if chosen.NEEDS_EVERY_QUERY or _shares_nothing(method, span):
         return 0
     observed = getattr(chosen, "window", 1) if method.retention else 1
     return max(0, span.prompt - max(1, observed))
@@ -94,6 +101,7 @@ class LayerState:
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
+        recent: ``[n, num_heads, head_size]``, the last queries, for methods that ask for some.
         summary: of the pages between sinks and local window, for retrieval.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
 
@@ -103,6 +111,7 @@ class LayerState:
     end: int = 0
     mass: Room | None = None
     queries: QueryStatistics | None = None
+    recent: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
 
@@ -111,12 +120,44 @@ class LayerState:
         new = torch.arange(self.end, after, dtype=torch.int32, device=device).expand(heads, -1)
         return new if self.position is None else torch.cat([self.position, new], 1)
 
+    def note_recent(self, query: torch.Tensor, count: int) -> None:
+        """Remember the last ``count`` of the queries so far; ``query`` are the newest."""
+        newest = query[-count:].float()
+        if self.recent is not None and newest.shape[0] < count:
+            newest = torch.cat([self.recent, newest])[-count:]
+        self.recent = newest.clone()
+
     def mass_for(self, buffer: MassBuffer, tokens: int) -> Room:
         """The request's room with at least ``tokens`` places, new ones zero."""
-        if self.mass is None:
+        if self.mass is None or self.mass.buffer is not buffer:  # the layer got other pages
             self.mass = Room(buffer)
         self.mass.hold(tokens)
         return self.mass
+
+
+@dataclass
+class Reading:
+    """How much of the store a prompt's queries read, for methods that read a part.
+
+    Attributes:
+        report: called with pages read and pages there were, summed over queries, KV heads and
+            layers, when the prompt is complete; None: nobody asks.
+        possible: pages there were so far.
+        unread: of those, pages not read.
+
+    """
+
+    report: Callable[[float, float], None] | None = None
+    possible: int = 0
+    unread: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def add(self, possible: int, unread: torch.Tensor | None, *, last: bool) -> None:
+        """Count one layer of a step; ``last``: the prompt is complete with it."""
+        self.possible += possible
+        if unread is not None:
+            self.unread = self.unread + unread
+        if last and self.report is not None:
+            self.report(self.possible - float(self.unread), self.possible)
 
 
 @dataclass
@@ -128,6 +169,7 @@ class RequestState:
         span: its token arithmetic.
         computed: tokens computed so far.
         layers: per layer index.
+        reading: how much of the store the prompt's queries read.
 
     """
 
@@ -135,6 +177,7 @@ class RequestState:
     span: Span
     computed: int = 0
     layers: defaultdict[int, LayerState] = field(default_factory=lambda: defaultdict(LayerState))
+    reading: Reading = field(default_factory=Reading)
 
     def advance(self, before: int, after: int) -> None:
         """Note a step; a request that starts over forgets what it knew.
@@ -146,6 +189,7 @@ class RequestState:
         """
         if before != self.computed or before == 0:
             self.layers.clear()
+            self.reading = Reading(self.reading.report)
             if before and not self._may_begin_at(before):
                 raise RuntimeError(
                     f"a request under {self.method} continues at token {before}, but this worker "

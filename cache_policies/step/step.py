@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cache_policies.kernels.contract import Batch, Mass, Reads
-from cache_policies.kernels.counts import beside
+from cache_policies.kernels.contract import Batch, Mass
 from cache_policies.retention.base import QueryStatistics
 from cache_policies.step.cut import Cut, Cuts
+from cache_policies.step.reads import Choice, reads_of, sparse_choice, unread_pages
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from cache_policies.kernels.contract import Reads
     from cache_policies.kernels.counts import Buffers
     from cache_policies.pages.plan import Plan
     from cache_policies.retention import Retention
@@ -187,6 +188,10 @@ class Step:
 
     def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
         for seq, state, retention in self._evicting:
+            start = int(self.query_start[seq])
+            if retention.recent_queries:
+                fresh = query[start : start + self._fresh(seq)]
+                state.layers[layer.index].note_recent(fresh, retention.recent_queries)
             if not retention.USES_QUERIES:
                 continue
             before = int(self.computed[seq])
@@ -197,13 +202,12 @@ class Step:
             known = state.layers[layer.index]
             if known.queries is None:
                 known.queries = QueryStatistics(layer.rope, layer.scale)
-            start = int(self.query_start[seq])
             known.queries.add(query[start + skip : start + count], before + skip)
 
     # ---- pages to be read
 
     def _reads(self, layer: Layer, batch: Batch, tokens: Tokens) -> Reads | None:
-        chosen: dict[int, torch.Tensor] = {}
+        chosen = self._sparse(layer, batch, tokens)
         for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:
@@ -216,17 +220,28 @@ class Step:
             summary = self._summary(layer, batch, seq, middle, tokens)
             start, end = int(self.query_start[seq]), int(self.query_start[seq + 1])
             query = tokens.query[start:end].float().mean(0).unflatten(0, (layer.heads, -1))
-            chosen[seq] = retrieval.choose(query, summary, middle, total)
-        if not chosen:
-            return None
-        width, device = max(row.shape[1] for row in chosen.values()), layer.pages.device
-        shape = len(self.states), layer.heads
-        pages = torch.zeros(*shape, width, dtype=torch.int32, device=device)
-        count = np.full(shape, -1, dtype=np.int32)
-        for seq, row in chosen.items():
-            pages[seq, :, : row.shape[1]] = row
-            count[seq] = row.shape[1]
-        return Reads(pages, beside([torch.from_numpy(count.ravel())], device)[0].view(shape))
+            row = retrieval.choose(query, summary, middle, total)
+            chosen.append(Choice(seq, None, row[None], row.shape[1]))
+        return reads_of(chosen, [self._fresh(seq) for seq in range(len(self.states))])
+
+    def _sparse(self, layer: Layer, batch: Batch, tokens: Tokens) -> list[Choice]:
+        """What the prompts' queries read under a sparse prefill."""
+        choices = []
+        for seq, state in enumerate(self.states):
+            if state is None or state.method.prefill is None:
+                continue
+            before, fresh = int(self.computed[seq]), self._fresh(seq)
+            if before >= state.span.prompt:
+                continue
+            sparse = state.method.prefill
+            blocks = sparse.blocks(before, fresh, state.span.prompt) if before else range(0)
+            if blocks:
+                choices.append(sparse_choice(sparse, layer, batch, tokens, seq, blocks, fresh))
+            stored_pages = self.plan.store_pages(int(batch.host.stored[seq]))
+            unread = unread_pages(choices[-1], stored_pages, fresh) if blocks else None
+            ends = before + fresh >= state.span.prompt
+            state.reading.add(fresh * stored_pages * layer.heads, unread, last=ends)
+        return choices
 
     def _summary(
         self, layer: Layer, batch: Batch, seq: int, middle: range, tokens: Tokens

@@ -6,47 +6,50 @@ decoder layers under a policy are ours, all others get vLLM's stock objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import (
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    AttentionType,
-)
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
-from cache_policies.kernels.contract import Batch, Shape
-from cache_policies.kernels.counts import Buffers
+from cache_policies.kernels.contract import Shape
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
-from cache_policies.step.step import Step
+from cache_policies.vllm_plugin.builder import BuilderOfSpec, RingStoreMetadata
 from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
+from cache_policies.vllm_plugin.key_bias import key_offset, warn_of_bias
+from cache_policies.vllm_plugin.kinds import (
+    is_full_attention,
+    kinds_of,
+    next_layer,
+    policy_layers,
+)
 from cache_policies.vllm_plugin.metrics import cache_seconds
 from cache_policies.vllm_plugin.rotary import rope_of, watch
-from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from cache_policies.kernels.contract import Batch
     from cache_policies.pages.layout import PageLayout
-    from cache_policies.step.request import RequestState
 
 
 # vLLM shows only loggers below its own name.
@@ -56,22 +59,41 @@ logger = init_logger("vllm.kvthrift")
 class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
     """vLLM's CPU backend, with our objects for the layers that are ours."""
 
-    @staticmethod
-    def get_impl_cls() -> type[AttentionImpl]:
-        return RingStoreImpl
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl]:
+        # vLLM derives a backend for chunked local attention, which is not ours to serve.
+        chunked = cls.__name__.startswith("ChunkedLocalAttention")
+        return CPUAttentionBackendImpl if chunked else RingStoreImpl
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
-        return RingStoreMetadataBuilder
+        return BuilderOfSpec
 
     edge = False
 
     @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Block-outermost first where that lets vLLM pack pages of unlike sizes."""
+        config = RingStoreImpl.config_in_use()
+        packed = config is not None and kinds_of(config).packed
+        stock: tuple[KVCacheLayout, ...] = super().supported_kv_cache_layouts()
+        return (KVCacheLayout.BLHNC, *stock) if packed else stock
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        policy = RingStoreImpl.policy_in_use
-        if policy is None or type(spec) is not FullAttentionSpec or spec.sliding_window:
+        config, asked = RingStoreImpl.config_in_use(), RingStoreImpl.asked
+        if config is None or asked is None or type(spec) is not FullAttentionSpec:
             return spec
-        return RingStoreSpec.of(spec, policy, RingStoreImpl.layers_in_use, edge=cls.edge)
+        if spec.sliding_window or spec.attention_chunk_size:
+            return spec
+        block = config.cache_config.block_size
+        inner, _ = layouts(asked.policy, spec.head_size, block, spec.dtype)
+        token_bytes = inner.head_bytes // block  # the same for every multiple of the block
+        if spec.block_size == 1:  # vLLM asks what a token takes, to fit blocks to constant states
+            return replace(spec, state_content_bytes=token_bytes)
+        tokens = kinds_of(config).page_tokens(block, token_bytes * spec.num_kv_heads)
+        spec = replace(spec, block_size=tokens)
+        return RingStoreSpec.of(spec, str(asked.policy), policy_layers(config), edge=cls.edge)
 
 
 class EdgeBackend(RingStoreBackend):
@@ -80,102 +102,27 @@ class EdgeBackend(RingStoreBackend):
     edge = True
 
 
-@dataclass
-class RingStoreMetadata:
-    """One step: the batch in the kernels' terms.
-
-    Attributes:
-        batch: counts and block table, where every request is plain.
-        step: the batch where one is not.
-        num_tokens: fresh tokens, without padding.
-
-    """
-
-    batch: Batch | None
-    step: Step | None
-    num_tokens: int
-
-
-class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    """Applies the plan to vLLM's view of a step."""
-
-    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> Any:
-        """Our builder for our specs, the stock one for the others."""
-        if isinstance(kv_cache_spec, RingStoreSpec):
-            return super().__new__(cls)
-        return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
-
-    def __init__(
-        self,
-        kv_cache_spec: RingStoreSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.plan = kv_cache_spec.plan
-        self.buffers = Buffers(device)
-        self.rows = rows_of(vllm_config)
-        self.rows.plan = self.plan
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> RingStoreMetadata:
-        assert common_prefix_len == 0
-        count = common_attn_metadata.num_reqs
-        start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
-        # V2's ``seq_lens`` is the device's; this one is exact without speculative decoding.
-        exact = common_attn_metadata.seq_lens_cpu_upper_bound
-        lengths = (common_attn_metadata.seq_lens if exact is None else exact)[:count].numpy()
-        computed = lengths - (start[1:] - start[:-1])
-        table = common_attn_metadata.block_table_tensor[:count]
-        fresh = common_attn_metadata.num_actual_tokens
-        states = self._states(common_attn_metadata, computed.tolist())
-        self.buffers.begin_step()
-        if all(state is None for state in states):
-            batch = Batch.of(self.plan, start, computed, table, self.buffers)
-            return RingStoreMetadata(batch, None, fresh)
-        for state, before, after in zip(states, computed.tolist(), lengths.tolist(), strict=True):
-            if state is not None:
-                state.advance(before, after)
-        step = Step(self.plan, start, computed, states, table, self.buffers)
-        return RingStoreMetadata(None, step, fresh)
-
-    def _states(
-        self, common: CommonAttentionMetadata, computed: list[int]
-    ) -> list[RequestState | None]:
-        if common.req_idx is None:  # the V1 runner
-            return [self.rows.state(row) for row in range(len(computed))]
-        states: list[RequestState | None] = [None] * len(computed)
-        for row, slot in enumerate(common.req_idx.tolist()):
-            # Dummy batches of V2 use the slots of real requests.
-            if computed[row] or common.is_prefilling[row]:
-                states[row] = self.rows.state(slot)
-        return states
+def _no_config() -> VllmConfig | None:
+    return None
 
 
 class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
     """Attention of one layer that is ours."""
 
-    policy_in_use: str | None = None  # of this process; set when the first layer is made
-    layers_in_use = 0
+    is_ours = True
+    # of this process's engine; set when a layer is made, for a backend is told neither
+    config_in_use: Callable[[], VllmConfig | None] = _no_config
+    asked: Settings | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Our implementation for our layers, the stock one for the others."""
         vllm_config = get_current_vllm_config()
         asked = settings(vllm_config)
-        cls.policy_in_use = str(asked.policy) if asked else None
-        cls.layers_in_use = vllm_config.model_config.get_total_num_hidden_layers()
-        if asked is not None and _is_full_attention(*args, **kwargs):
+        cls.config_in_use, cls.asked = weakref.ref(vllm_config), asked
+        if asked is not None and is_full_attention(*args, **kwargs):
             return super().__new__(cls)
         if asked is not None and asked.policy.edges:
-            raise PolicyError(
-                "a cache policy with layers(...) cannot serve a model with layers of another kind "
-                f"than full attention; layer {_next_layer(vllm_config)} is one"
-            )
+            raise PolicyError(f"{_ONE_KIND}; layer {next_layer(vllm_config)} is one")
         return CPUAttentionBackendImpl(*args, **kwargs)
 
     def __init__(
@@ -197,8 +144,6 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         refuse_engine(vllm_config)
         features = {
             "ALiBi": alibi_slopes,
-            "a logits soft cap": logits_soft_cap,
-            "attention sinks learned by the model": sinks,
             "KV caches shared between layers": kv_sharing_target_layer_name,
             **unknown,
         }
@@ -206,15 +151,23 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             if value is not None and (not isinstance(value, (int, float)) or value):
                 raise PolicyError(
                     f"a cache policy cannot serve layers with {feature}; "
-                    f"layer {_next_layer(vllm_config)} is one"
+                    f"layer {next_layer(vllm_config)} is one"
                 )
         asked = settings(vllm_config)
         assert asked is not None
+        if asked.policy.edges and vllm_config.model_config.is_hybrid:
+            raise PolicyError(_ONE_KIND + f"; {vllm_config.model_config.model} has")
         self.settings: Settings = asked
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.model_dtype = vllm_config.model_config.dtype
-        self.shape = Shape(num_heads, num_kv_heads, float(scale))
+        self.shape = Shape(
+            num_heads,
+            num_kv_heads,
+            float(scale),
+            soft_cap=logits_soft_cap or 0.0,
+            sinks=sinks,
+        )
         self._kernel_class = kernel_class(asked.kernel)
         self._layer: Layer | None = None
         self._vllm_config = vllm_config
@@ -234,17 +187,25 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         return layouts(self.settings.policy, self.head_size, page_tokens, self.model_dtype, packing)
 
     def _is_edge(self, index: int) -> bool:
-        return is_edge(self.settings.policy, index, self.layers_in_use)
+        layers = self._vllm_config.model_config.get_total_num_hidden_layers()
+        return is_edge(self.settings.policy, index, layers)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Give an edge layer its backend, before vLLM asks the backend for the layer's pages.
+
+        And warn of key biases that the layer's codec does not stand.
 
         A backend is not told which layer it is asked about. Can go when it is.
         """
         del act_dtype
         for name, module in self._modules.items():
-            if getattr(module, "impl", None) is self and self._is_edge(extract_layer_index(name)):
-                module.attn_backend = EdgeBackend
+            if getattr(module, "impl", None) is not self:
+                continue
+            index, policy = extract_layer_index(name), self.settings.policy
+            codec = policy.codec
+            if policy.edges and self._is_edge(index):
+                module.attn_backend, codec = EdgeBackend, policy.edges.built
+            warn_of_bias(module, codec, self._vllm_config, index)
 
     def do_kv_cache_update(self, *_: Any) -> None:
         """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
@@ -294,13 +255,14 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         return output
 
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
-        index = extract_layer_index(layer.layer_name)
-        layout = self._layouts(kv_cache.shape[2])[self._is_edge(index)]
+        number, numbers = extract_layer_index(layer.layer_name), policy_layers(self._vllm_config)
+        layout = self._layouts(kv_cache.shape[2])[self._is_edge(number)]
+        offset = key_offset(layer, layout.codec, self._vllm_config)
         return Layer(
-            index=index,
-            layers=self._vllm_config.model_config.get_total_num_hidden_layers(),
+            index=numbers.index(number),
+            layers=len(numbers),
             layout=layout,
-            kernel=self._kernel_class(layout, self.shape),
+            kernel=self._kernel_class(layout, replace(self.shape, key_offset=offset)),
             pages=kv_cache.flatten(2),
             rope=rope_of(layer, self.head_size, self._vllm_config),
             scale=self.scale,
@@ -312,6 +274,12 @@ _clock = Clock()  # of all layers of this worker
 _trim_heap = HeapTrimmer()
 
 
+_ONE_KIND = (
+    "a cache policy with layers(...) cannot serve a model with layers of another kind than full "
+    "attention"
+)
+
+
 def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor) -> None:
     """A step in which no request drops or chooses anything."""
     layer.clock.start()
@@ -319,26 +287,3 @@ def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor
     layer.clock.lap("attend")
     layer.kernel.append(layer.pages, batch, tokens.key, tokens.value)
     layer.clock.lap("append")
-
-
-def _next_layer(vllm_config: VllmConfig) -> int:
-    """Number of the attention layer that is being made; vLLM registers it afterwards."""
-    made = vllm_config.compilation_config.static_forward_context.values()
-    return sum(hasattr(module, "impl") for module in made)  # others than attention are in it too
-
-
-def _is_full_attention(
-    num_heads: int,  # noqa: ARG001
-    head_size: int,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    num_kv_heads: int,  # noqa: ARG001
-    alibi_slopes: list[float] | None = None,  # noqa: ARG001
-    sliding_window: int | None = None,
-    kv_cache_dtype: str = "auto",  # noqa: ARG001
-    logits_soft_cap: float | None = None,  # noqa: ARG001
-    attn_type: str = AttentionType.DECODER,
-    *_: Any,
-    **__: Any,
-) -> bool:
-    """Whether a layer with these arguments of an attention implementation is ours."""
-    return sliding_window is None and attn_type == AttentionType.DECODER

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.platforms import current_platform
+
 from cache_policies.errors import PolicyError
+from cache_policies.kernels import kernel_class
 from cache_policies.policy import Method, Policy, parse, parse_method
 from cache_policies.retention.rope import refuse_rotary
 from cache_policies.spelling import refuse_near
@@ -69,16 +73,27 @@ def method_of(sampling_params: SamplingParams | None, default: Method | None) ->
     return (default or Method()) if asked is None else parse_method(asked)
 
 
-def refuse_method(method: Method, model_config: Any) -> None:
-    """Refuse a method that the model cannot serve.
+def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
+    """Refuse a method that the model or the kernel cannot serve.
 
     Raises:
-        PolicyError: naming what the model lacks.
+        PolicyError: naming what is lacking.
 
     """
-    retention = method.retention
+    retention, model_config = method.retention, vllm_config.model_config
+    asked = settings(vllm_config)
+    if method.prefill and asked and kernel_class(asked.kernel).name == "triton":
+        raise PolicyError(
+            f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
+        )
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
+    cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
+    if retention is not None and retention.USES_QUERIES and cap:
+        raise PolicyError(
+            f"{retention.name} expects exponentials of scores without bounds, and "
+            f"{model_config.model} has a logit soft cap of {cap}"
+        )
 
 
 def refuse_engine(vllm_config: VllmConfig) -> None:
@@ -93,6 +108,16 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
         (vllm_config.speculative_config, "speculative decoding; drop --speculative-config"),
         (vllm_config.kv_transfer_config, "a KV connector; drop --kv-transfer-config"),
         (model.use_mla, f"multi-head latent attention (MLA), which {model.model} uses"),
+        (
+            model.is_attention_free,
+            f"attention-free models such as {model.model}, whose cache does not grow; drop the "
+            "policy",
+        ),
+        (
+            _needs_bfloat16(vllm_config),
+            f"{model.dtype} in {model.model}, whose gated delta net layers vLLM has for CPUs in "
+            "bfloat16 only; give --dtype bfloat16",
+        ),
         (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
         (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
         (
@@ -115,6 +140,12 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
     for present, feature in reasons:
         if present:
             raise PolicyError(f"a cache policy cannot be combined with {feature}")
+
+
+def _needs_bfloat16(vllm_config: VllmConfig) -> bool:
+    model = vllm_config.model_config
+    delta_net = getattr(model.hf_text_config, "linear_num_key_heads", None) is not None
+    return bool(delta_net and model.dtype != torch.bfloat16 and current_platform.is_cpu())
 
 
 def _other_scheduler(chosen: Any) -> bool:

@@ -6,7 +6,7 @@ stock object is stood in for, and a server without a policy never meets this mod
 
 from __future__ import annotations
 
-from dataclasses import replace
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.config import get_current_vllm_config
@@ -16,20 +16,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
-from cache_policies.vllm_plugin.backend import (
-    EdgeBackend,
-    RingStoreBackend,
-    RingStoreImpl,
-    RingStoreMetadata,
-    RingStoreMetadataBuilder,
-)
+from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
+from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.config import settings
 
 if TYPE_CHECKING:
     import argparse
 
     import torch
-    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 FULL_ATTENTION = "full_attention"  # a key of vLLM's AttentionConfig.backend_per_kind
@@ -53,7 +47,7 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
 
     @staticmethod
     def get_builder_cls() -> type[RingStoreMetadataBuilder]:
-        return GpuMetadataBuilder
+        return RingStoreMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(_spec: Any = None) -> list[int | MultipleOf]:
@@ -88,22 +82,6 @@ class GpuEdgeBackend(GpuBackend):
     edge = True
 
 
-class GpuMetadataBuilder(RingStoreMetadataBuilder):
-    """Takes the counts that the scheduler's side knows, so that no step waits for the GPU."""
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> RingStoreMetadata:
-        # Exact but for speculative decoding under async scheduling, which a policy refuses.
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-        assert lengths is not None, "vLLM gives no lengths on the host"
-        common = replace(common_attn_metadata, seq_lens=lengths)
-        return super().build(common_prefix_len, common, fast_build)
-
-
 class GpuImpl(RingStoreImpl):
     """Attention of one layer on a GPU."""
 
@@ -116,8 +94,7 @@ class GpuImpl(RingStoreImpl):
                 "the attention backend CUSTOM is kvthrift's and needs a cache policy; drop "
                 "--attention-config, or give --cache-policy"
             )
-        RingStoreImpl.policy_in_use = str(asked.policy)
-        RingStoreImpl.layers_in_use = vllm_config.model_config.get_total_num_hidden_layers()
+        RingStoreImpl.config_in_use, RingStoreImpl.asked = weakref.ref(vllm_config), asked
         return object.__new__(cls)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

@@ -28,6 +28,8 @@ class KVCacheFacts:
         pages: owned, counted in the block table.
         bytes: of those pages in all layers.
         compression_ratio: bytes the computed tokens take in 16 bit, over ``bytes``.
+        read_share: of the prompt's reads of store pages under a sparse prefill, those that were
+            made; None for other requests.
 
     """
 
@@ -39,6 +41,7 @@ class KVCacheFacts:
     pages: int
     bytes: int
     compression_ratio: float | None
+    read_share: float | None = None
 
     @property
     def dropped_tokens(self) -> int:
@@ -46,8 +49,8 @@ class KVCacheFacts:
         return self.computed_tokens - self.kept_tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """For a response."""
-        return asdict(self)
+        """For a response; ``read_share`` where there is one."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k != "read_share"}
 
 
 def processed_tokens(request: Request) -> int:
@@ -55,13 +58,16 @@ def processed_tokens(request: Request) -> int:
     return max(0, request.num_computed_tokens - request.num_in_flight_tokens)
 
 
-def facts_of(managers: Sequence[RingStoreManager], request: Request, hit: int) -> KVCacheFacts:
+def facts_of(
+    managers: Sequence[RingStoreManager], request: Request, hit: int, read_share: float | None
+) -> KVCacheFacts:
     """Count what a request holds, before its pages are freed.
 
     Args:
         managers: of the KV cache groups that are ours, usually one.
         request: that ends.
         hit: tokens found in the prefix cache.
+        read_share: as in ``KVCacheFacts``.
 
     """
     computed, first = processed_tokens(request), managers[0]
@@ -78,4 +84,5 @@ def facts_of(managers: Sequence[RingStoreManager], request: Request, hit: int) -
         pages=sum(pages),
         bytes=used,
         compression_ratio=round(whole / used, 4) if used else None,
+        read_share=None if read_share is None else round(read_share, 4),
     )

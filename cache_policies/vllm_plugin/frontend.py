@@ -65,7 +65,7 @@ def check_method(asked: Any) -> Method:
             )
     method = parse_method(asked)
     for vllm_config in _engines:
-        refuse_method(method, vllm_config.model_config)
+        refuse_method(method, vllm_config)
     return method
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
@@ -45,11 +46,15 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         if not v2:
             keep_generators_of_incomplete_prompts()
         note_engine(vllm_config)
+        if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
+            from cache_policies.vllm_plugin.mamba import register_layers  # imports the layers
+
+            register_layers()
         asked = settings(vllm_config)
         if asked is None:
             return
         refuse_engine(vllm_config)
-        refuse_method(asked.policy.method, vllm_config.model_config)
+        refuse_method(asked.policy.method, vllm_config)
         active = AttentionBackendEnum.CPU_ATTN.get_path()
         if active != BACKEND_PATH:
             raise PolicyError(

@@ -16,7 +16,7 @@ from cache_policies.step.request import Engine, published_tokens, span_of
 from cache_policies.vllm_plugin.config import method_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -33,13 +33,12 @@ class PageSpec(Protocol):
 
     num_kv_heads: int
     head_size: int
-    layers: int
+    layers: tuple[int, ...]
 
     @property
     def plan(self) -> Plan: ...
     @property
     def policy_in_force(self) -> Policy: ...
-    def page_bytes_of(self, layers: Iterable[int]) -> int: ...
 
 
 class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
@@ -49,30 +48,34 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
 
     def __init__(self, kv_cache_spec: PageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.plan, self.layers = kv_cache_spec.plan, kv_cache_spec.layers
+        self.plan, self.layers = kv_cache_spec.plan, len(kv_cache_spec.layers)
         policy = kv_cache_spec.policy_in_force
         self.policy = str(policy)
         self.default, self.codec = policy.method, policy.codec_string
         self._spec = kv_cache_spec
-        # of the layers that share this manager's pages, and this worker's KV heads
+        # of a page in the pool, which all kinds of layers take pages of the same size from, and of
+        # this worker's KV heads in the layers that share this manager's pages
         self.page_bytes = self.half_bytes_per_token = 0
         self.given_back = 0  # pages, not counted in the metrics yet
         self._engine: Engine | None = None
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
 
-    def attach(self, requests: Mapping[str, Request], longest: int, layers: Sequence[int]) -> None:
+    def attach(
+        self, requests: Mapping[str, Request], longest: int, layers: int, page_bytes: int
+    ) -> None:
         """Let the manager see the scheduler's requests.
 
         Args:
             requests: by id, kept up to date by the scheduler.
             longest: most tokens of a request.
-            layers: numbers of those that share this manager's pages; in a hybrid model not all.
+            layers: how many share this manager's pages; in a hybrid model not all.
+            page_bytes: bytes of a page of the pool.
 
         """
         spec = self._spec
-        self.page_bytes = spec.page_bytes_of(layers)
-        self.half_bytes_per_token = 4 * spec.num_kv_heads * spec.head_size * len(layers)
+        self.page_bytes = page_bytes
+        self.half_bytes_per_token = 4 * spec.num_kv_heads * spec.head_size * layers
         room = self.block_pool.num_gpu_blocks - 1 if self.enable_caching else None
         self._requests, self._engine = requests, Engine(self.plan, self.layers, longest, room)
 

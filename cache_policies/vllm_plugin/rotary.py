@@ -38,6 +38,11 @@ def watch() -> None:
     register_module_module_registration_hook(note)
 
 
+def parent_of(attention: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that an attention layer was put into."""
+    return _parents[attention]() if attention in _parents else None
+
+
 def rope_of(attention: torch.nn.Module, head_size: int, vllm_config: VllmConfig) -> Rope:
     """The rotary embedding of an attention layer; one that turns nothing where there is none."""
     hf_config = vllm_config.model_config.hf_text_config
@@ -45,7 +50,7 @@ def rope_of(attention: torch.nn.Module, head_size: int, vllm_config: VllmConfig)
         refuse_rotary(hf_config)
     except PolicyError:  # no request that needs it comes here
         return Rope.none(head_size)
-    parent = _parents[attention]() if attention in _parents else None
+    parent = parent_of(attention)
     for child in parent.children() if parent is not None else ():
         if isinstance(child, RotaryEmbeddingBase) or hasattr(child, "long_short_cos_sin_cache"):
             return rope_from(child)

@@ -9,10 +9,12 @@ tokens, which vLLM keeps for as long as the request lives.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.vllm_plugin.config import PROMPT_KEY, method_of, settings
+from cache_policies.vllm_plugin.mailbox import mailbox_of, slot_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,10 +39,13 @@ class Rows:
         asked = settings(vllm_config)
         assert asked is not None
         self.default = asked.policy.method
+        self.vllm_config = vllm_config
         self.cache, self.model = vllm_config.cache_config, vllm_config.model_config
         self.row: dict[int, tuple[list[int], RequestState | None, Any]] = {}
         self.away: dict[int, tuple[list[int], RequestState | None, Any]] = {}
-        self.plan: Plan | None = None  # set by the metadata builder, which knows the page size
+        # set by the metadata builder, which knows the page size
+        self.plan: Plan | None = None
+        self.layers = 0
 
     def update(self, update: BatchUpdate | None) -> None:
         """Follow the batch: removed, then added, then moved rows."""
@@ -78,14 +83,16 @@ class Rows:
             if method.is_plain:
                 return None
             state = RequestState(method, span_of(method, self._engine(), prompt))
+            slot = slot_of(params)
+            if method.prefill is not None and slot is not None:
+                state.reading.report = partial(mailbox_of(self.vllm_config).write, slot)
             self.row[index] = output, state, (params, prompt)
         return state
 
     def _engine(self) -> Engine:
         assert self.plan is not None
         room = self.cache.num_gpu_blocks - 1 if self.cache.enable_prefix_caching else None
-        layers = self.model.get_total_num_hidden_layers()
-        return Engine(self.plan, layers, self.model.max_model_len, room)
+        return Engine(self.plan, self.layers, self.model.max_model_len, room)
 
     def _leave(self, index: int) -> None:
         entry = self.row.pop(index, None)

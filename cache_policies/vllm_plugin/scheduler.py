@@ -10,14 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
 from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
-from cache_policies.vllm_plugin.facts import KV_CACHE, facts_of
+from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts, facts_of
+from cache_policies.vllm_plugin.mailbox import (
+    SLOT_KEY,
+    mailbox_of,
+    remove_mailbox,
+    slot_of,
+)
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.metrics import cache_metrics
 from cache_policies.vllm_plugin.versions import end_with_error
@@ -41,11 +46,12 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             m for m in coordinator.single_type_managers if isinstance(m, RingStoreManager)
         ]
         self._hit_tokens: dict[str, int] = {}
-        groups = self.kv_cache_config.kv_cache_groups
+        pool = self.kv_cache_config
         for manager in self.policy_managers:
-            names = groups[manager.kv_cache_group_id].layer_names
-            layers = [extract_layer_index(name) for name in names]
-            manager.attach(self.requests, self.max_model_len, layers)
+            layers = len(pool.kv_cache_groups[manager.kv_cache_group_id].layer_names)
+            # vLLM states the size of the whole allocation with each part of it
+            page_bytes = pool.kv_cache_tensors[0].size // pool.num_blocks
+            manager.attach(self.requests, self.max_model_len, layers, page_bytes)
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
@@ -58,6 +64,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         super().add_request(request)
         try:
             self._refuse(request)
+            self._give_slot(request)
         except PolicyError as error:
             # Too late for an HTTP 400, which only a check without the model can give: the
             # request ends with an error, by the way vLLM has for its own late refusals.
@@ -71,7 +78,25 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         if self.policy_managers and request.resumable:
             raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
-            refuse_method(manager.method(request), self.vllm_config.model_config)
+            refuse_method(manager.method(request), self.vllm_config)
+
+    def _give_slot(self, request: Request) -> None:
+        """Tell the workers where to note what a sparse prefill of this request reads."""
+        params = request.sampling_params
+        if params is None or not any(m.method(request).prefill for m in self.policy_managers):
+            return
+        slot = mailbox_of(self.vllm_config).take()
+        extra = {k: v for k, v in (params.extra_args or {}).items() if k != SLOT_KEY}
+        params.extra_args = extra if slot is None else {**extra, SLOT_KEY: slot}
+
+    def _facts(self, request: Request, hit: int) -> KVCacheFacts:
+        slot = self._slot(request)
+        share = None if slot is None else mailbox_of(self.vllm_config).share(slot)
+        return facts_of(self.policy_managers, request, hit, share)
+
+    def _slot(self, request: Request) -> int | None:
+        sparse = any(m.method(request).prefill for m in self.policy_managers)
+        return slot_of(request.sampling_params) if sparse else None
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Send along what the request held, by the way that KV connectors have to responses.
@@ -82,8 +107,10 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         delay, params = super()._connector_finished(request)
         hit = self._hit_tokens.pop(request.request_id, 0)
         if self.policy_managers:
-            facts = facts_of(self.policy_managers, request, hit)
+            facts = self._facts(request, hit)
             self._metrics.finished(self.policy_managers[0], request, facts)
+            if (slot := self._slot(request)) is not None:
+                mailbox_of(self.vllm_config).give_back(slot)
             params = {**(params or {}), KV_CACHE: facts.as_dict()}
         return delay, params
 
@@ -99,7 +126,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
                 request = self.requests.get(output.request_id)
                 if request and request.sampling_params and request.sampling_params.stop:
                     hit = self._hit_tokens.get(request.request_id, 0)
-                    facts = facts_of(self.policy_managers, request, hit)
+                    facts = self._facts(request, hit)
                     output.kv_transfer_params = {KV_CACHE: facts.as_dict()}
         return batches
 
@@ -108,6 +135,10 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         for manager in self.policy_managers[:1]:
             self._metrics.step(manager, self.running)
         return super().make_stats(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        remove_mailbox(self.vllm_config)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *limits: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -11,13 +11,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import Policy, parse
-from cache_policies.policy.layouts import is_edge, layouts
+from cache_policies.policy.layouts import layouts
 from cache_policies.vllm_plugin.config import ASYNC_SCHEDULER, SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vllm.config import VllmConfig
 
     from cache_policies.pages.layout import PageLayout
@@ -30,18 +28,21 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
     Attributes:
         policy: canonical policy string.
         model_dtype: dtype of keys and values; ``dtype`` itself is uint8, the pages' type.
-        layers: attention layers of the model, for budgets that differ between them.
+        layers: numbers of the model's layers under the policy; budgets that differ between
+            layers count these.
         edge: whether the layer has the codec of the policy's term ``layers``.
 
     """
 
     policy: str
     model_dtype: torch.dtype
-    layers: int
+    layers: tuple[int, ...]
     edge: bool = False
 
     @classmethod
-    def of(cls, spec: AttentionSpec, policy: str, layers: int, *, edge: bool) -> RingStoreSpec:
+    def of(
+        cls, spec: AttentionSpec, policy: str, layers: tuple[int, ...], *, edge: bool
+    ) -> RingStoreSpec:
         """Our spec of a layer for which vLLM made ``spec``."""
         given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         given.update(
@@ -65,12 +66,6 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         """Page fields; vLLM may change the block size, so they are derived from it."""
         both = layouts(self.policy_in_force, self.head_size, self.block_size, self.model_dtype)
         return both[self.edge]
-
-    def page_bytes_of(self, layers: Iterable[int]) -> int:
-        """Bytes of a page in these layers of the model together."""
-        policy, sizes = self.policy_in_force, {self.edge: int(self.page_size_bytes)}
-        sizes[not self.edge] = int(replace(self, edge=not self.edge).page_size_bytes)
-        return sum(sizes[is_edge(policy, layer, self.layers)] for layer in layers)
 
     @property
     def plan(self) -> Plan:

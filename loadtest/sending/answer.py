@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from loadtest.hide import hide
+
 if TYPE_CHECKING:
     from loadtest.sending.records import Record
     from loadtest.sending.sse import Event
@@ -57,11 +59,20 @@ class Answer:
         counts_events: whether the server counts tokens in every event; others may put their only
             usage into an event with choices.
         keep_thinking: whether the text of the thinking is written down.
+        key: kept out of messages, in which a server may repeat it.
 
     """
 
-    def __init__(self, record: Record, *, counts_events: bool, keep_thinking: bool) -> None:
+    def __init__(
+        self,
+        record: Record,
+        *,
+        counts_events: bool,
+        keep_thinking: bool = False,
+        key: str | None = None,
+    ) -> None:
         self._record = record
+        self._key = key
         self._counts_events = counts_events
         self._keep_thinking = keep_thinking
         self._said: list[str] = []
@@ -78,19 +89,23 @@ class Answer:
                 return  # an event of another kind
             self._stream(_object(data, event.name), when)
         except BROKEN as error:
-            text = f"{type(error).__name__}: {error} in {data[:200]!r}"
-            self._record.fail("invalid_sse", text)
+            self._broken("invalid_sse", error, data)
 
     def whole(self, data: bytes) -> None:
         """Read an answer that was not streamed: no time of a token is known."""
+        text = data.decode(errors="replace")
         try:
-            body = _object(data.decode(errors="replace"), "")
+            body = _object(text, "")
             for choice in self._choices(body):
                 self._read(choice, choice.get("message") or {})
             self._usage(body.get("usage"))
         except BROKEN as error:
-            text = f"{type(error).__name__}: {error} in {data[:200]!r}"
-            self._record.fail("invalid_json", text)
+            self._broken("invalid_json", error, text)
+
+    def _broken(self, kind: str, error: Exception, data: str) -> None:
+        # the key goes before the text is cut: half a key is one too
+        why = hide(f"{type(error).__name__}: {error}", self._key)
+        self._record.fail(kind, f"{why} in {hide(data, self._key)[:200]!r}")
 
     def close(self) -> None:
         """Write texts and counts into the record; what came before a failure too."""
@@ -125,7 +140,7 @@ class Answer:
     def _choices(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         error = event.get("error") or (event if event.get("object") == "error" else None)
         if error:
-            self._record.fail("server_error", str(error)[:500])
+            self._record.fail("server_error", hide(str(error), self._key)[:500])
             return []
         return event.get("choices") or []
 

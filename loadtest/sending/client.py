@@ -7,182 +7,29 @@ import hashlib
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import httpx
 
 from loadtest.connect import connection
-from loadtest.errors import NO_SERVER, LoadTestError
-from loadtest.hide import hide, public_url
+from loadtest.hide import hide
 from loadtest.sending.answer import Answer
 from loadtest.sending.records import OK, Record
 from loadtest.sending.sse import EventParser
+from loadtest.sending.target import ENDPOINTS, Target, find_target, wait_for_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from loadtest.workloads import Item
 
+__all__ = [
+    "ENDPOINTS", "Client", "Target", "find_target", "hash_prompt", "new_record", "wait_for_server",
+]  # fmt: skip
+
 AFTER_END = 0.1  # seconds a stream is read on after its mark of the end, to keep the connection
-NOT_YET = (502, 503, 504)  # of a server that starts, or of a proxy before it
-ENDPOINTS = ("auto", "completions", "chat")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Whom to ask, and how.
-
-    Attributes:
-        url: e.g. ``http://127.0.0.1:8000``.
-        model: name of the served model.
-        endpoint: ``completions``, ``chat``, or ``auto``: what the workload's item wants.
-        api_key: sent as bearer token; never written down.
-        extra: added to every request's body, e.g. ``{"vllm_xargs": {...}}``.
-        timeout: seconds a request may take.
-        is_vllm: whether vLLM's extensions of the API may be used.
-        longest: most tokens of prompt and answer; None: the server does not say.
-        keep_thinking: whether the text of a model's thinking is written down.
-
-    """
-
-    url: str
-    model: str
-    endpoint: str = "auto"
-    api_key: str | None = field(default=None, repr=False)
-    extra: dict[str, Any] = field(default_factory=dict)
-    timeout: float = 600.0
-    is_vllm: bool = False
-    longest: int | None = None
-    keep_thinking: bool = False
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Authorization, if there is a key."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-
-    def body(self, item: Item) -> tuple[str, dict[str, Any]]:
-        """Route and JSON body of a greedy, streamed request."""
-        chat = item.chat if self.endpoint == "auto" else self.endpoint == "chat"
-        options: dict[str, Any] = {"include_usage": True}
-        if self.is_vllm:
-            options["continuous_usage_stats"] = True
-        body: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": item.max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": options,
-        }
-        if item.exact_length and self.is_vllm:
-            body |= {"ignore_eos": True, "min_tokens": body["max_tokens"]}
-        if chat:
-            body["messages"] = [{"role": "user", "content": item.prompt}]
-        else:
-            body["prompt"] = item.prompt
-        return "/v1/chat/completions" if chat else "/v1/completions", body | self.extra
-
-
-def find_target(url: str, model: str | None, **settings: Any) -> Target:
-    """Ask the server for its models.
-
-    Raises:
-        LoadTestError: it is not there, wants a key, or does not serve ``model``.
-
-    """
-    target = Target(url.rstrip("/").removesuffix("/v1"), model or "", **settings)
-    shown = public_url(url)
-    served = _served(target, shown)
-    name = model or next(iter(served), "")
-    facts = served.get(name) or _unlisted(target, name)
-    if facts is None:
-        raise LoadTestError(f"{shown} does not serve {name!r}; it serves: {', '.join(served)}")
-    return replace(
-        target,
-        model=name,
-        is_vllm=facts.get("owned_by") == "vllm",
-        longest=facts.get("max_model_len"),
-    )
-
-
-def _unlisted(target: Target, name: str) -> dict[str, Any] | None:
-    """The card of a model that no list holds, as NAME@METHOD; None: there is none.
-
-    Raises:
-        LoadTestError: the server says what is wrong with the name.
-
-    """
-    url = f"{target.url}/v1/models/{quote(name, safe='')}"
-    try:
-        response = httpx.get(url, headers=target.headers, timeout=10.0, **connection(url))
-        if response.status_code == 400:
-            raise LoadTestError(f"model {name!r}: {response.json()['error']['message']}")
-        card = response.json() if response.status_code == 200 else None
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return None
-    return card if isinstance(card, dict) and card.get("id") == name else None
-
-
-def _served(target: Target, shown: str) -> dict[str, dict[str, Any]]:
-    """The server's models, by name."""
-    models = f"{target.url}/v1/models"
-    settings = connection(target.url)
-    try:
-        response = httpx.get(models, headers=target.headers, timeout=10.0, **settings)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        why = hide(public_url(str(error) or type(error).__name__), target.api_key)
-        via = f" through {public_url(str(settings['proxy'].url))}" if settings["proxy"] else ""
-        raise LoadTestError(f"no server answers at {shown}{via}: {why}", NO_SERVER) from None
-    if response.status_code in (401, 403):
-        raise LoadTestError(
-            f"{shown} answers {response.status_code}: it wants another API key "
-            "(OPENAI_API_KEY or --api-key-file)",
-            NO_SERVER,
-        )
-    if not response.is_success:
-        raise LoadTestError(f"{shown}/v1/models answers {response.status_code}", NO_SERVER)
-    try:
-        return {str(m["id"]): m for m in response.json()["data"]}
-    except (ValueError, KeyError, TypeError) as error:
-        why = hide(str(error), target.api_key)
-        raise LoadTestError(f"{shown}/v1/models is not OpenAI's: {why}", NO_SERVER) from None
-
-
-def wait_for_server(
-    url: str, seconds: float, on_wait: Callable[[float], None] = lambda _: None
-) -> None:
-    """Wait until a server answers anything but "not yet", be it the right one or not.
-
-    Args:
-        url: of the server.
-        seconds: to wait at most.
-        on_wait: called with the seconds waited so far, about once a second.
-
-    Raises:
-        LoadTestError: it did not in time.
-
-    """
-    models = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
-    settings = connection(models)
-    shown = public_url(url)
-    begin = time.monotonic()
-    why = ""
-    while True:
-        try:
-            status = httpx.get(models, timeout=5.0, **settings).status_code
-            if status not in NOT_YET:
-                return
-            why = f"it answers {status}"
-        except httpx.InvalidURL as error:
-            raise LoadTestError(f"{shown}: {error}", NO_SERVER) from None
-        except httpx.HTTPError as error:
-            why = public_url(str(error)) or type(error).__name__
-        waited = time.monotonic() - begin
-        if waited > seconds:
-            raise LoadTestError(f"no server at {shown} after {seconds:g} s: {why}", NO_SERVER)
-        on_wait(waited)
-        time.sleep(1.0)
+SECRET = 8  # characters of a key that nobody says by accident
 
 
 class Client:
@@ -242,6 +89,7 @@ class Client:
             record,
             counts_events=self.target.is_vllm,
             keep_thinking=self.target.keep_thinking,
+            key=self.target.api_key,
         )
         response: httpx.Response | None = None
         rest: AsyncIterator[bytes] | None = None
@@ -272,9 +120,10 @@ class Client:
 
     def _keep_out(self, record: Record) -> None:
         """Keep the key out of what is written down, wherever a server repeats it."""
-        for name in ("error", "answer", "thinking"):
-            if text := getattr(record, name):
-                setattr(record, name, hide(text, self.target.api_key))
+        key = self.target.api_key or ""
+        record.error = record.error and hide(record.error, key)
+        if len(key) >= SECRET:  # a short one, EMPTY say, may be a word of the answer
+            record.answer, record.thinking = hide(record.answer, key), hide(record.thinking, key)
 
     def _request(self, http: httpx.AsyncClient, item: Item) -> httpx.Request:
         route, body = self.target.body(item)
@@ -287,8 +136,9 @@ class Client:
     ) -> None:
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not response.is_success:
-            text = b"".join([part async for part in parts])[:500].decode(errors="replace")
-            record.fail(f"http_{response.status_code}", text.strip() or "no body")
+            text = b"".join([part async for part in parts]).decode(errors="replace")
+            shown = hide(text, self.target.api_key)[:500].strip()
+            record.fail(f"http_{response.status_code}", shown or "no body")
         elif kind == "application/json":
             answer.whole(b"".join([part async for part in parts]))
             self._check_usage(record)
@@ -329,6 +179,8 @@ async def _leave(response: httpx.Response | None, rest: AsyncIterator[bytes] | N
             while rest is not None and await anext(rest, None) is not None:
                 pass
     await response.aclose()
+    # its stream and it hold each other, and the prompt, until garbage is collected
+    response.stream = httpx.ByteStream(b"")
 
 
 def new_record(item: Item, scheduled: float) -> Record:

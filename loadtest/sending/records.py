@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
 from loadtest.errors import CANNOT_WRITE, LoadTestError
 from loadtest.workloads.jsonl import read_jsonl
 
@@ -129,6 +131,26 @@ class Record:
         self.status, self.error_kind, self.error = ERROR, kind, message
 
 
+class _Numbers(BaseModel):
+    """Of a record, to check what is read back; texts may hold half a character."""
+
+    model_config = ConfigDict(strict=True)
+
+    scheduled: float = 0.0
+    sent: float = 0.0
+    events: list[float] = []
+    event_tokens: list[NonNegativeInt] = []
+    finished: float = 0.0
+    prompt_tokens: NonNegativeInt | None = None
+    output_tokens: NonNegativeInt | None = None
+    cached_tokens: NonNegativeInt | None = None
+    thinking_at: float | None = None
+    answer_at: float | None = None
+    thinking_tokens: NonNegativeInt | None = None
+    score: float | None = None
+    partial: float | None = None
+
+
 class RecordFile:
     """``requests.jsonl``: a line per finished request, added at once.
 
@@ -205,6 +227,12 @@ def iterate_records(path: Path) -> Iterator[Record]:
         for number, row in read_jsonl(path):
             if not set(row) <= known or not {"id", "task", "category", "prompt_hash"} <= set(row):
                 raise LoadTestError(f"{path}:{number}: not a record of this version")
+            try:
+                _Numbers.model_validate(row)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                raise LoadTestError(f"{path}:{number}: {field}: {first['msg']}") from None
             yield Record(**row)
             found += 1
     except LoadTestError:

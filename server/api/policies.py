@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters
-from cache_policies.policy import parse
+from cache_policies.policy import method_classes, parse
 from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
-from cache_policies.retrieval import RETRIEVAL
+from cache_policies.retrieval import PREFILL, RETRIEVAL
 from cache_policies.vllm_plugin.config import refuse_method
 from server.api.page import page
 from server.api.schemas import (
@@ -31,7 +31,8 @@ from server.api.schemas import (
     Shape,
     Stats,
 )
-from server.capacity import ModelShape, capacity
+from server.capacity import capacity
+from server.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +61,7 @@ async def list_policies(request: Request) -> PolicyList:
     edges = state.policy is not None and state.policy.edges is not None
     terms.append(_layout_term(EdgeLayers.name, EdgeLayers, {}, serving=edges))
     terms += [_method(name, "retention", state) for name in retention_methods()]
-    terms += [_method(name, "retrieval", state) for name in RETRIEVAL]
+    terms += [_method(name, "retrieval", state) for name in (*RETRIEVAL, *PREFILL)]
     policy = str(state.policy) if state.policy else None
     names = state.names
     return PolicyList(
@@ -87,13 +88,13 @@ def _layout_term(
 
 
 def _method(name: str, kind: Any, state: ServerState) -> PolicyTerm:
-    cls: Any = {**retention_methods(), **RETRIEVAL}[name]
+    cls = method_classes()[name]
     why_not = None
     if state.policy is None:
         why_not = "this server runs without a cache policy: kvthrift serve --cache-policy"
     else:
         try:
-            refuse_method(parse(name).method, state.vllm_config.model_config)
+            refuse_method(parse(name).method, state.vllm_config)
         except PolicyError as error:
             why_not = str(error)
     return PolicyTerm(
@@ -122,7 +123,9 @@ async def estimate(request: Request, asked: EstimateRequest) -> Estimate:
 
 def _estimate(text: str, shape: Shape, asked: EstimateRequest) -> PolicyEstimate:
     dtype = getattr(torch, shape.dtype)
-    model = ModelShape(shape.layers, shape.num_kv_heads, shape.head_size, dtype)
+    model = ModelShape(
+        shape.layers, shape.num_kv_heads, shape.head_size, dtype, shape.constant_bytes
+    )
     try:
         policy = parse(text)
         size = capacity(policy, model, asked.memory_bytes, asked.context_tokens)
@@ -132,6 +135,7 @@ def _estimate(text: str, shape: Shape, asked: EstimateRequest) -> PolicyEstimate
         policy=str(policy),
         bytes_per_token=size.bytes_per_token,
         window_bytes=size.ring_bytes,
+        constant_bytes=size.constant_bytes,
         capacity_tokens=size.requests * asked.context_tokens,
         concurrent_requests=size.requests,
         compression_ratio=round(size.ratio, 4),

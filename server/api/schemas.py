@@ -49,10 +49,18 @@ class Shape(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    layers: int = Field(gt=0, le=10_000, examples=[32])
+    layers: int = Field(
+        gt=0, le=10_000, examples=[32], description="of full attention, whose cache grows"
+    )
     num_kv_heads: int = Field(gt=0, le=10_000, examples=[8])
     head_size: int = Field(gt=0, le=1024, examples=[128])
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    constant_bytes: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 60,
+        description="of a request in layers that do not grow: sliding windows, constant states",
+    )
 
 
 class EstimateRequest(BaseModel):
@@ -82,6 +90,9 @@ class PolicyEstimate(BaseModel):
     bytes_per_token: float | None = Field(default=None, description="store bytes, all layers")
     window_bytes: int | None = Field(
         default=None, description="of a request's recent tokens in full precision"
+    )
+    constant_bytes: int | None = Field(
+        default=None, description="of a request in layers that do not grow, whatever the policy"
     )
     capacity_tokens: int | None = Field(
         default=None, description="prompt tokens of the requests that fit together"

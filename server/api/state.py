@@ -13,6 +13,7 @@ from server.api.names import ModelNames
 from server.api.schemas import Shape
 from server.compression import Compressor, CompressorError
 from server.compression.request import PromptCompression
+from server.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from cache_policies.policy import Policy
@@ -65,12 +66,14 @@ class ServerState:
     @property
     def shape(self) -> Shape:
         """The served model's."""
-        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        model = self.vllm_config.model_config
+        found = ModelShape.of(model.hf_text_config, model.dtype)
         return Shape(
-            layers=model.get_num_layers(parallel),
+            layers=found.layers,
             num_kv_heads=model.get_total_num_kv_heads(),
             head_size=model.get_head_size(),
             dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            constant_bytes=found.constant_bytes,
         )
 
     def metrics_text(self) -> str:

@@ -100,6 +100,30 @@ def expected_attention(text: Text, n: int, keep: int, future: int = 512) -> torc
     return _best(score, _edges(n, sinks, 1), keep)
 
 
+def r_kv(
+    text: Text, n: int, keep: int, balance: float = 0.1, window: int = 8, kernel: int = 7
+) -> torch.Tensor:
+    """Row by row of the similarities, token by token of the pooling."""
+    past = n - window
+    score = torch.zeros(KV_HEADS, n, dtype=torch.float64)
+    for head in range(KV_HEADS):
+        keys = text.key[:n, head].double()
+        seen = torch.zeros(past, dtype=torch.float64)
+        for t in range(past, n):
+            group = text.query[t, head * GROUP : (head + 1) * GROUP].double()
+            seen += (group @ keys[:past].T * SCALE).max(0).values.softmax(0) / window
+        near = [seen[max(0, t - kernel // 2) : t + kernel // 2 + 1].max() for t in range(past)]
+        like = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1)
+        like.fill_diagonal_(0)
+        for row in like:
+            repeated = (row > 0.5).nonzero()
+            if len(repeated):
+                row[repeated[-1]] = 0
+        redundant = like.mean(0).softmax(0)
+        score[head, :past] = balance * torch.stack(near) - (1 - balance) * redundant[:past]
+    return _best(score, _edges(n, 0, window), keep)
+
+
 def lagkv(text: Text, n: int, keep: int, lag: int = 128, sinks: int = 4) -> torch.Tensor:
     always = torch.ones(n, dtype=torch.bool)
     score = torch.zeros(KV_HEADS, n)

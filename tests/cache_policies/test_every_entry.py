@@ -13,9 +13,9 @@ from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
 from cache_policies.pages.codecs.base import HEAD_SIZES
 from cache_policies.pages.layout import PageLayout
-from cache_policies.policy import parse, parse_method
+from cache_policies.policy import method_classes, parse, parse_method
 from cache_policies.retention import retention_methods
-from cache_policies.retrieval import RETRIEVAL
+from cache_policies.retrieval import PREFILL, RETRIEVAL
 from tests.cache_policies.worker import Text, Worker
 from tests.kernels.harness import TOLERANCE, Setup
 
@@ -23,7 +23,10 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encodi
 PROMPT, ANSWER = 640, 200
 TEXT = Text(PROMPT + ANSWER)
 RETENTION = {name: f"{name}(ratio=0.25)" for name in retention_methods()}
-READING = {name: f"{name}(topk=1,init=128,local=128)" for name in RETRIEVAL}
+READING = {
+    **{name: f"{name}(topk=1,init=128,local=128)" for name in RETRIEVAL},
+    **{name: f"{name}(topk=1,init=128,exact=0)" for name in PREFILL},
+}
 METHODS = [*RETENTION.values(), *READING.values()]
 
 
@@ -42,7 +45,7 @@ def _head_sizes(name: str) -> list[int]:
 
 @pytest.mark.parametrize("name", [*RETENTION, *READING, *CODECS])
 def test_it_is_explained(name: str) -> None:
-    entry = {**retention_methods(), **RETRIEVAL}.get(name) or CODECS[name].cls
+    entry = method_classes().get(name) or CODECS[name].cls
     assert entry.keeps
     assert entry.loses
     assert f"`{name}`" in DOCUMENT

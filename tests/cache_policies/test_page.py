@@ -14,13 +14,15 @@ from cache_policies.policy.layouts import layouts
 
 POLICIES = (
     "raw", "fp16", "bf16", "int8", "flexgen-4bit(group=16)", "kivi-4bit(group=16)",
-    "kivi-2bit(group=16,residual=32)", "kivi(k_bits=8,v_bits=2,group=16)",
+    "kivi-2bit(group=16,residual=32)", "kivi(k_bits=8,v_bits=2,group=16)", "rotated-4bit",
+    "rotated-3bit", "rotated(k_bits=8,v_bits=2)",
 )  # fmt: skip
 # Largest error of a decoded standard normal value; half a quantization step of a group's range.
 ERROR = {
     "raw": 0.0, "fp16": 2e-3, "bf16": 2e-2, "int8": 0.02, "flexgen-4bit(group=16)": 0.3,
     "kivi-4bit(group=16)": 0.3, "kivi-2bit(group=16,residual=32)": 1.3,
     "kivi(k_bits=8,v_bits=2,group=16)": 1.3,
+    "rotated-4bit": 0.35, "rotated-3bit": 0.7, "rotated(k_bits=8,v_bits=2)": 1.6,
 }  # fmt: skip
 
 

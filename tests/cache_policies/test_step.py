@@ -40,6 +40,8 @@ ORACLES: dict[str, Oracle] = {
     "streaming-llm(sinks=4,window=96,prefill=full)": lambda _, n: oracles.streaming(n, 4, 96),
     "expected-attention(budget=150)": partial(oracles.expected_attention, keep=150),
     "lagkv(budget=400)": partial(oracles.lagkv, keep=400),
+    "r-kv(budget=150)": partial(oracles.r_kv, keep=150),
+    "r-kv(budget=150,balance=0.9)": partial(oracles.r_kv, keep=150, balance=0.9),
 }
 
 

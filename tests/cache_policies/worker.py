@@ -139,4 +139,5 @@ class Worker:
 
 # Largest mean error of a held token. Keys of KIVI are encoded anew at every cut, which adds up.
 GROUP_ERROR = {"raw": 1e-6, "fp16": 1e-3, "int8": 1e-2, "flexgen-4bit": 0.15, "kivi-4bit": 0.2,
-               "kivi-2bit": 0.8, "kivi-2bit+layers(codec=fp16)": 1e-3}  # fmt: skip
+               "kivi-2bit": 0.8, "kivi-2bit+layers(codec=fp16)": 1e-3,
+               "rotated-4bit": 0.15, "rotated-3bit": 0.3}  # fmt: skip

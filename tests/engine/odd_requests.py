@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loadtest.commands.process import Server
 
 MODEL = "smollm2-135m"
-CHUNKS = "word " * 1200  # more tokens than a step of the test's servers takes
+CHUNKS = "word " * 600  # more tokens than a step of the test's servers takes
 SHORT = "The grass is green."
 UNKNOWN = 60_000  # not in the vocabulary
 
@@ -50,14 +50,14 @@ def odd_requests() -> list[dict[str, Any]]:
         *({"prompt": SHORT, "structured_outputs": wanted} for wanted in constraints),
         {"prompt": SHORT, "structured_outputs": {"choice": ["a"]}, "allowed_token_ids": [7]},
         {"prompt": CHUNKS, "structured_outputs": {"choice": ["a", "b"]}, "n": 2, **seeded},
-        *({"prompt": SHORT, "max_tokens": n} for n in (0, -1, 10**9, 2**70)),
+        *({"prompt": SHORT, "max_tokens": n, "stop": ["e", " "]} for n in (0, -1, 10**9, 2**70)),
         *({"prompt": SHORT, "min_tokens": n} for n in (50, -1, 2**70)),
         *({"prompt": SHORT, "temperature": t, "top_k": 2**40} for t in (1e30, 1e-30, -1)),
         {"prompt": SHORT, "repetition_penalty": 1e-30, "temperature": 1.0},
-        {"prompt_embeds": embeddings(1100), **seeded, "n": 2},
+        {"prompt_embeds": embeddings(600), **seeded, "n": 2},
         {"prompt_embeds": embeddings(6, float("nan"))},
         {"prompt_embeds": embeddings(0)},
-        {"prompt_embeds": embeddings(600), "repetition_penalty": 1.2, "prompt_logprobs": 1},
+        {"prompt_embeds": embeddings(600), "repetition_penalty": 1.2},
         {"prompt": SHORT, "vllm_xargs": {"kv_transfer_params": "x"}},
         {"prompt": SHORT, "kv_transfer_params": {"do_remote_prefill": True}},
     ]

@@ -13,7 +13,8 @@ import sys
 import traceback
 from typing import Any
 
-from tests.engine.rotary import rotary  # noqa: F401  # a program too
+from tests.engine.hybrids import family  # noqa: F401  # a program too
+from tests.engine.rotary import biased, rotary  # noqa: F401  # programs too
 
 MARK = "program result: "
 

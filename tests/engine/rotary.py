@@ -45,3 +45,29 @@ def rotary(model: str, scaling: dict[str, Any], modules: dict[str, Any]) -> dict
         "layers": [error(r, x.rotary_emb) for r, x in zip(ropes, layers, strict=True)],
         "modules": {name: error(rope_from(m), m) for name, m in others.items()},
     }
+
+
+def biased(model: str, policies: list[str], longest: int) -> dict[str, list[float]]:
+    """Log probabilities of 64 forced tokens after a prompt, per policy.
+
+    Args:
+        model: with large key biases.
+        policies: the engines'.
+        longest: ``max_model_len``.
+
+    """
+    from vllm import SamplingParams
+
+    from tests.engine.programs import engine
+
+    found = {}
+    text = [(i * 37) % 250 for i in range(400)]
+    for policy in policies:
+        llm = engine(model, policy, max_model_len=longest, max_num_batched_tokens=64,
+                     skip_tokenizer_init=True)  # fmt: skip
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+        (out,) = llm.generate([{"prompt_token_ids": text}], parameters, use_tqdm=False)
+        steps = zip(text[300:], out.prompt_logprobs[300:], strict=True)
+        found[policy] = [step[token].logprob for token, step in steps]
+        del llm
+    return found

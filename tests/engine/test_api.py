@@ -69,7 +69,7 @@ def test_estimates_agree_with_the_pool_and_bad_ones_are_refused(server: Server) 
 
 
 def test_the_routes_are_described(server: Server) -> None:
-    described = httpx.get(f"{server.url}/openapi.json").json()
+    described = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
     for path in ("", "/estimate", "/stats"):
         (operation,) = described["paths"][f"/v1/cache_policies{path}"].values()
         assert operation["description"]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.engine.tiny_models import FAMILIES
+
 if TYPE_CHECKING:
     from tests.engine.conftest import Program
 
@@ -24,15 +26,28 @@ AUDIO = {
     "decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     "decoder_start_token_id": 0,
 }  # fmt: skip
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MAMBA2 = {
+    "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "num_heads": 4,
+    "head_dim": 32, "n_groups": 1, "expand": 2, "chunk_size": 64,
+}  # fmt: skip
+SHARED = {
+    **SMALL, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 64,
+    "laurel_rank": 8, "sliding_window": 256, "activation_sparsity_pattern": [0.0] * 4,
+    "intermediate_size": [256] * 4,
+}  # fmt: skip
 BLOOM = {"vocab_size": 256, "hidden_size": 256, "n_layer": 2, "n_head": 4}
 # model type -> class and configuration, without weights: they are refused before these are read
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**SMALL, **MLA}),
     "whisper": ("WhisperForConditionalGeneration", AUDIO),
     "bloom": ("BloomForCausalLM", BLOOM),
-    "gemma2": ("Gemma2ForCausalLM", SMALL),
-    "gpt_oss": ("GptOssForCausalLM", {**SMALL, **EXPERTS}),
+    "gemma2": ("Gemma2ForCausalLM", FAMILIES["gemma2"][1]),
+    "gemma3n_text": ("Gemma3nForCausalLM", SHARED),
+    "mamba2": ("Mamba2ForCausalLM", MAMBA2),
+    "jamba": ("JambaForCausalLM", FAMILIES["jamba"][1]),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", FAMILIES["granite4"][1]),
+    "qwen3_next": ("Qwen3NextForCausalLM", FAMILIES["qwen3-next"][1]),
 }
 pytestmark = pytest.mark.engine
 LISTENING = {"skip_tokenizer_init": False, "max_model_len": 448, "max_num_batched_tokens": 2048}
@@ -52,8 +67,12 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("deepseek_v2", "fp16", {}, "multi-head latent attention (MLA)"),
     ("whisper", "fp16", LISTENING, "encoder-decoder models"),
     ("bloom", "snapkv(budget=64)", {}, "ALiBi; layer 0 is one"),
-    ("gemma2", "snapkv(budget=64)", {}, "a logits soft cap; layer 1 is one"),
-    ("gpt_oss", "fp16", {}, "sinks learned by the model; layer 1 is one"),
+    ("gemma2", "expected-attention(budget=64)", {}, "has a logit soft cap of 5.0"),
+    ("gemma3n_text", "fp16", {}, "KV caches shared between layers; layer 3 is one"),
+    ("mamba2", "fp16", {}, "attention-free models"),
+    ("jamba", "fp16", {}, "mamba is of Mamba 1, whose scan"),
+    ("granitemoehybrid", "kivi-2bit+layers(first=1,last=0)", {}, "layers of another kind"),
+    ("qwen3_next", "fp16", {}, "give --dtype bfloat16"),
     # the last one: what vLLM imports for it keeps other engines of the process from starting
     ("", "kivi-4bit", {"speculative_config": DRAFT}, "speculative decoding"),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.reference import ReferenceKernel
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # and the rounding of integer dot products (see docs/benchmarks.md); the others: half a unit
 # in the last place of the output, and the same.
 TOLERANCE = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+# Soft caps on scores of order 1: none, one that bends all of them, one that bends few.
+CAPS = st.sampled_from((0.0, 0.0, 0.5, 5.0))
 EXACT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # no integer dots
 
 
@@ -48,6 +51,8 @@ class Setup:
         max_tokens: int = 640,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        soft_cap: float = 0.0,
+        sinks: bool = False,
         packing: str = LANES,
     ) -> Setup:
         """Pages of a policy; of its edge layers, if it has some."""
@@ -60,7 +65,9 @@ class Setup:
         pages = torch.full((seqs * row + 1, kv_heads, layout.head_bytes), 255, dtype=torch.uint8)
         order = torch.randperm(seqs * row, generator=rng) + 1
         table = order.to(torch.int32).reshape(seqs, row)
-        return cls(layout, Shape(heads, kv_heads, head_size**-0.5), pages, table)
+        learned = torch.randn(heads, generator=rng) * 3 if sinks else None
+        shape = Shape(heads, kv_heads, head_size**-0.5, soft_cap, learned)
+        return cls(layout, shape, pages, table)
 
     def batch(self, computed: list[int], fresh: list[int], buffers: Buffers | None = None) -> Batch:
         start = np.concatenate([[0], np.cumsum(fresh)]).astype(np.int32)

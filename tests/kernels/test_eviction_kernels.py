@@ -14,7 +14,7 @@ from cache_policies.kernels.contract import Batch, Mass, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
-from tests.kernels.harness import Setup
+from tests.kernels.harness import CAPS, Setup
 
 POLICIES = st.sampled_from(list(CODECS))
 LENGTHS = st.sampled_from([0, 1, 31, 127, 128, 129, 300, 512])
@@ -48,12 +48,13 @@ def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> lis
 
 @pytest.mark.parametrize("isa", supported_isas())
 @settings(max_examples=25, deadline=None)
-@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99))
+@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99),
+       soft_cap=CAPS, sinks=st.booleans())  # fmt: skip
 def test_mass_equals_the_sums_of_the_softmax(
-    isa: str, policy: str, computed: list[int], seed: int
+    isa: str, policy: str, computed: list[int], seed: int, soft_cap: float, sinks: bool
 ) -> None:
     rng = np.random.default_rng(seed)
-    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900)
+    setup = Setup.make(policy, heads=6, kv_heads=2, max_tokens=900, soft_cap=soft_cap, sinks=sinks)
     setup.fill(computed)
     fresh = [int(rng.choice([1, 7, 129, 200])) for _ in computed]
     batch = setup.batch(computed, fresh)
@@ -66,7 +67,11 @@ def test_mass_equals_the_sums_of_the_softmax(
     held = int(batch.stored[0] + batch.ring[0]) + fresh[0]
     counted = masses[1].out[:, int(masses[1].place[0]) :][:, :held] - 0.5
     queries = (fresh[0] - first_query[0]) * setup.shape.num_heads // setup.shape.num_kv_heads
-    torch.testing.assert_close(counted.sum(1), torch.full((2,), float(queries)), rtol=1e-3, atol=0)
+    if sinks:
+        assert (counted.sum(1) < queries).all()  # the sinks have the rest
+    else:
+        whole = torch.full((2,), float(queries))
+        torch.testing.assert_close(counted.sum(1), whole, rtol=1e-3, atol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,7 +85,7 @@ def test_only_chosen_pages_are_read(policy: str, seed: int) -> None:
     pages = torch.zeros(2, 2, 5, dtype=torch.int32)
     for head in range(2):
         pages[0, head, :3] = torch.tensor(sorted(rng.choice(5, 3, replace=False)))
-    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32))
+    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32), torch.arange(2).int())
     outputs = _attend_both(setup, batch, supported_isas()[0], each=[{"reads": reads}] * 2)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     everything = _attend_both(setup, batch, supported_isas()[0], each=[{}] * 2)[0]
@@ -210,6 +215,84 @@ def test_wrong_tokens_are_refused() -> None:
         kernel.write(setup.pages, batch, index.flip(1).contiguous(), x, x)
     with pytest.raises(ValueError, match="beyond the held"):
         kernel.read(setup.pages, batch, x[0], x[0], index + 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=POLICIES,
+    heads=st.sampled_from([(6, 2), (4, 4), (12, 1)]),
+    samples=st.sampled_from([1, 3, 8, 128]),
+    fresh=st.sampled_from([1, 40, 128, 300]),
+    isa=st.sampled_from(supported_isas()),
+    scores=st.tuples(CAPS, st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_page_mass_is_the_reference(
+    policy: str,
+    heads: tuple[int, int],
+    samples: int,
+    fresh: int,
+    isa: str,
+    scores: tuple[float, bool],
+    seed: int,
+) -> None:
+    computed = [700, 0, 130]
+    setup = Setup.make(
+        policy, seqs=3, heads=heads[0], kv_heads=heads[1], max_tokens=1100,
+        soft_cap=scores[0], sinks=scores[1],
+    )  # fmt: skip
+    setup.fill(computed, seed)
+    batch = setup.batch(computed, [fresh, 5, 64])
+    query, key, _ = setup.tokens(fresh + 69, seed + 1)
+    blocks = [(0, b, min(128, fresh - b)) for b in range(0, fresh, 128)] + [(2, 0, 64)]
+    table = torch.tensor(blocks, dtype=torch.int32)
+    kernels = (
+        ReferenceKernel(setup.layout, setup.shape),
+        CpuKernel(setup.layout, setup.shape, isa=isa),
+    )
+    expected, got = (k.page_mass(setup.pages, batch, query, key, table, samples) for k in kernels)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5)
+    if not scores[1]:  # sinks have the rest
+        torch.testing.assert_close(got[0].sum(-1) + got[1], torch.ones_like(got[1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=POLICIES,
+    heads=st.sampled_from([(6, 2), (4, 4), (12, 1)]),
+    fresh=st.sampled_from([1, 50, 300]),
+    mass=st.booleans(),
+    isa=st.sampled_from(supported_isas()),
+    seed=st.integers(0, 99),
+)
+def test_blocks_of_queries_read_their_own_pages(
+    policy: str, heads: tuple[int, int], fresh: int, mass: bool, isa: str, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    computed, sizes = [700, 300], [fresh, 70]
+    setup = Setup.make(policy, seqs=2, heads=heads[0], kv_heads=heads[1], max_tokens=1100)
+    setup.fill(computed, seed)
+    batch = setup.batch(computed, sizes)
+    lists = [-(-size // 64) for size in sizes]
+    stored = [-(-int(n) // 128) for n in batch.stored]
+    pages = torch.zeros(sum(lists), heads[1], 6, dtype=torch.int32)
+    count = torch.full((sum(lists), heads[1]), -1, dtype=torch.int32)
+    for number in range(sum(lists)):
+        there = stored[number >= lists[0]]
+        for head in range(heads[1]):
+            chosen = int(torch.randint(-1, there + 1, (), generator=rng))
+            count[number, head] = chosen
+            if chosen > 0:
+                order = torch.randperm(there, generator=rng)[:chosen].sort().values
+                pages[number, head, :chosen] = order.int()
+    first = torch.tensor([0, lists[0]], dtype=torch.int32)
+    reads = Reads(pages, count, first, 64)
+    masses = [_mass(setup, batch, [0, 3], [0, 0]) if mass else None for _ in range(2)]
+    outputs = _attend_both(setup, batch, isa, each=[{"reads": reads, "mass": m} for m in masses])
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
+    if mass:
+        torch.testing.assert_close(*(m.out for m in masses if m), rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("isa", supported_isas())

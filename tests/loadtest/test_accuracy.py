@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import httpx
@@ -102,6 +104,30 @@ def test_a_prompt_of_100k_tokens_costs_little(mock: MockServer) -> None:
     assert all(r.status == "ok" for r in records)
     assert each < 0.05, f"{each * 1e3:.1f} ms of CPU"
     print(f"{each * 1e3:.1f} ms of CPU")  # noqa: T201
+
+
+def test_a_prompt_is_not_kept_after_its_answer(mock: MockServer) -> None:
+    url = mock(ttft=0.001, itl=0.0)
+    item = Item("x", "x", "x", "The grass is green. " * 20_000, max_tokens=2)
+
+    async def send(count: int) -> int:
+        """Bytes that stay, records apart, without a collection of garbage."""
+        client = Client(Target(url, "mock"), time.monotonic())
+        await client.send(item, new_record(item, 0.0))
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(count):
+            await client.send(item, new_record(item, 0.0))
+        kept = tracemalloc.get_traced_memory()[0] - before
+        await client.close()
+        return kept
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        assert asyncio.run(send(8)) < 200_000  # a body is 400 KB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -81,6 +82,18 @@ def test_a_resumed_folder_of_other_requests_is_refused_and_doubles_count_once(
         done = kvthrift(*command)
         assert done.returncode == 2
         assert "is not a request of this run" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"soon"', "[1]", "null"])
+def test_a_record_with_a_number_that_is_none_is_refused(
+    mock: MockServer, kvthrift: Command, tmp_path: Path, value: str
+) -> None:
+    assert kvthrift("loadtest", mock(**QUICK), *SMALL, "-o", str(tmp_path)).returncode == 0
+    path = tmp_path / "requests.jsonl"
+    path.write_text(re.sub(r'"sent": [0-9.e-]+', f'"sent": {value}', path.read_text()))
+    done = kvthrift("report", str(tmp_path), "-o", str(tmp_path))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert f"{path}:1: " in done.stderr
 
 
 def test_a_summary_with_a_number_that_is_none_is_refused(

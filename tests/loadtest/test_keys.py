@@ -91,6 +91,11 @@ def test_a_server_that_repeats_the_key() -> None:
         record = answered(parts, api_key=KEY, keep_thinking=True)
         assert KEY not in repr(record)
         assert "***" in repr(record)
+    # cut in the middle of the key, or a word of the answer
+    long = b'data: {"error": "' + b"x" * 495 + KEY.encode() + b'"}\n\n'
+    for data in (long, b"data: " + b"x" * 195 + KEY.encode() + b"\n\n"):
+        assert KEY[:3] not in str(answered([data], api_key=KEY).error)
+    assert answered([delta(content="is EMPTY"), END], api_key="EMPTY").answer == "is EMPTY"
     assert hide('a"b', 'a"b') == hide('a\\"b', 'a"b') == hide("a%22b", 'a"b') == "***"
     assert hide("text", None) == "text"
 

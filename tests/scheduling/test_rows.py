@@ -12,7 +12,8 @@ from vllm import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from cache_policies.vllm_plugin.backend import RingStoreMetadata, RingStoreMetadataBuilder
+from cache_policies.kernels.counts import Buffers
+from cache_policies.vllm_plugin.builder import RingStoreMetadata, RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.rows import Rows
 from cache_policies.vllm_plugin.spec import RingStoreSpec
@@ -20,7 +21,7 @@ from cache_policies.vllm_plugin.spec import RingStoreSpec
 CONFIG: Any = SimpleNamespace(
     additional_config={"cache_policy": "fp16"},
     cache_config=SimpleNamespace(num_gpu_blocks=100, enable_prefix_caching=True),
-    model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2, max_model_len=1024),
+    model_config=SimpleNamespace(max_model_len=1024),
 )
 
 
@@ -37,12 +38,14 @@ def build(guard: PolicyGuard, slots: list[int], computed: list[int], fresh: list
           *, dummy: bool = False) -> RingStoreMetadata:  # fmt: skip
     spec = RingStoreSpec.of(
         FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32),
-        "fp16", 2, edge=False,
+        "fp16", (0, 1), edge=False,
     )  # fmt: skip
     builder = object.__new__(RingStoreMetadataBuilder)
     assert guard.rows is not None
     builder.plan = guard.rows.plan = spec.plan
-    builder.rows = guard.rows
+    builder.rows, builder.leads = guard.rows, True
+    builder.buffers = Buffers(torch.device("cpu"))
+    guard.rows.layers = len(spec.layers)
     start = torch.tensor([0, *np.cumsum(fresh)], dtype=torch.int32)
     lengths = torch.tensor(computed, dtype=torch.int32) + torch.tensor(fresh, dtype=torch.int32)
     prefilling = [not dummy and n < 300 for n in computed]

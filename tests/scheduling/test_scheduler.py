@@ -18,15 +18,21 @@ from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig,
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
+from cache_policies.errors import PolicyError
 from cache_policies.step.request import RequestState
-from cache_policies.vllm_plugin.config import method_of
+from cache_policies.vllm_plugin.config import method_of, refuse_engine
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.rows import Rows
@@ -63,10 +69,12 @@ class Engine:
         stock = FullAttentionSpec(
             block_size=PAGE, num_kv_heads=2, head_size=64, dtype=torch.float32
         )
-        self.spec = RingStoreSpec.of(stock, policy, LAYERS, edge=False)
+        self.spec = RingStoreSpec.of(stock, policy, tuple(range(LAYERS)), edge=False)
         names = [f"model.layers.{i}.attn" for i in range(LAYERS)]
         self.config.cache_config.num_gpu_blocks = pages
-        kv = KVCacheConfig(pages, [], [KVCacheGroupSpec(names, self.spec)])
+        page = self.spec.page_size_bytes
+        tensor = KVCacheTensor(LAYERS * pages * page, names, pages * page, page)
+        kv = KVCacheConfig(pages, [tensor], [KVCacheGroupSpec(names, self.spec)])
         self.spec.max_memory_usage_bytes(self.config)
         self.scheduler: Any = self.config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.config,
@@ -189,6 +197,28 @@ def _no_page_is_private_twice(engine: Engine) -> None:
     assert len(own) == len(set(own))
 
 
+def test_asynchronous_scheduling_preempts_at_other_tokens(llama: Path) -> None:
+    """Why tokens after a preemption differ between the two: what is attended to in full differs."""
+    methods = ["all", "snapkv(budget=100)", "tova(budget=90)", "lagkv(budget=270)"]
+    answered = []
+    for asynchronous in (False, True):
+        engine = Engine(llama, "raw", 9, asynchronous=asynchronous)
+        preempt, seen = engine.scheduler._preempt_request, []
+
+        def noted(request: Request, *rest: Any, preempt: Any = preempt, seen: Any = seen) -> None:
+            seen.append((request.request_id, request.num_output_tokens))
+            preempt(request, *rest)
+
+        engine.scheduler._preempt_request = noted
+        for number, method in enumerate(methods):
+            prompt = [(7 * number + 13 * i) % 251 for i in range(280 + 9 * number)]
+            engine.add(f"r{number}", prompt, 110, method)
+        while engine.scheduler.has_requests() or engine.in_flight:
+            engine.step()
+        answered.append(seen)
+    assert answered == [[("r3", 25)], [("r3", 22)]]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_pages_are_published_only_when_their_tokens_are_known(
     llama: Path, *, asynchronous: bool
@@ -206,7 +236,6 @@ def test_pages_are_published_only_when_their_tokens_are_known(
 def test_a_method_that_the_model_cannot_serve_ends_with_an_error(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cache_policies.errors import PolicyError
 
     def refuse(method: Any, _: Any) -> None:
         if not method.is_plain:
@@ -243,7 +272,7 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
     )
     (new,) = engine.scheduler.schedule().scheduled_new_reqs
     rows = Rows(engine.config)
-    rows.plan = engine.spec.plan
+    rows.plan, rows.layers = engine.spec.plan, LAYERS
     rows.update(
         BatchUpdate(
             batch_size=1, removed=[], moved=[],
@@ -253,6 +282,22 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
     state = rows.state(0)
     assert state is not None
     assert state.span == engine.manager.span(engine.scheduler.requests["e"])
+
+
+def test_what_the_v2_runner_cannot_do_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Engine(llama, "fp16", 60, asynchronous=False).config
+    refuse_engine(config)
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    refuse_engine(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(PolicyError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        refuse_engine(config)
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 1)
+    monkeypatch.setattr(config.parallel_config, "enable_dbo", True)
+    with pytest.raises(PolicyError, match="drop --enable-dbo"):
+        refuse_engine(config)
 
 
 def test_our_overrides_take_what_vllm_gives() -> None:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs import CODECS
 from cache_policies.policy import parse
-from server.capacity import ModelShape, bytes_by_length, capacity
+from server.capacity import bytes_by_length, capacity
 from server.cli import app
+from server.model_shape import ModelShape
 from server.models import ModelError, get_model, model_path, resolve
+from tests.engine.tiny_models import FAMILIES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,3 +106,34 @@ def test_a_budget_counts_the_pages_kept_after_the_prompt() -> None:
     assert kept.requests == 8 * full.requests + 5  # 64 pages and 8 of them, in 364
     assert kept.ratio == 8
     assert both.ratio == pytest.approx(64 / 12 * 3.2, rel=0.01)  # four ring pages
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "constant"),
+    [
+        # a token of a layer: 512 bytes; a window of 256 tokens touches three pages of 128
+        ("gemma3", 2, 4 * 384 * 512),
+        ("llama4", 1, 3 * 256 * 512),
+        # convolution of 4, of heads x width + 2 groups x state channels; heads x width x state
+        ("granite4", 2, 2 * 4 * (3 * (8 * 32 + 2 * 16) + 8 * 32 * 16)),
+        ("falcon-h1", 2, 2 * 4 * (3 * (4 * 32 + 2 * 16) + 4 * 32 * 16)),
+        ("qwen3-next", 1, 3 * 4 * (3 * (2 * 2 * 128 + 4 * 128) + 4 * 128 * 128)),
+        ("jamba", 2, 2 * 4 * (3 * 256 + 256 * 16)),
+    ],
+)
+def test_what_grows_and_what_does_not(
+    tmp_path: Path, family: str, layers: int, constant: int
+) -> None:
+    name, arguments = FAMILIES[family]
+    getattr(transformers, name)(**arguments).save_pretrained(tmp_path)
+    shape = ModelShape.from_folder(tmp_path, torch.float32)
+    assert (shape.layers, shape.constant_bytes) == (layers, constant)
+
+
+def test_constant_bytes_count_for_every_request() -> None:
+    shape = ModelShape(layers=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    beside = replace(shape, constant_bytes=8192 * 4 * 64 * 2)  # as much as grows in 16 bit
+    alone, both = (capacity(parse("fp16"), s, 1 << 30, 8192) for s in (shape, beside))
+    assert both.requests == alone.requests // 2
+    assert alone.ratio == both.ratio == 1
+    assert capacity(parse("kivi-4bit"), beside, 1 << 30, 8192).ratio < 1.6

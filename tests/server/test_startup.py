@@ -105,3 +105,20 @@ def test_a_variable_that_is_almost_ours_is_named() -> None:
     assert startup.misspelt(["KVTHRIFT_CACHE", "PATH", "HF_HOME", "KVTHRIFT_TAG"]) == []
     (said,) = startup.misspelt(["KVTHRIFT_CACHE_DIR"])
     assert said == "KVTHRIFT_CACHE_DIR is not used; did you mean KVTHRIFT_CACHE?"
+
+
+def test_vllm_takes_every_core_when_it_is_told_to_reserve_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    parallel = argparse.Namespace(
+        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
+    )
+    config = argparse.Namespace(parallel_config=parallel, kv_transfer_config=None)
+    monkeypatch.setenv(startup.BIND, "auto")
+    used = {}
+    for reserved in (0, 1):
+        monkeypatch.setenv(startup.RESERVED, str(reserved))
+        used[reserved] = OMPProcessManager(config).cpu_lists[0]
+    assert len(used[0]) == len(used[1]) + 1 or len(used[0]) == 1

@@ -15,6 +15,7 @@ struct Layout {
   int head_size, page_tokens, ring_tokens, ring_pages;
   int k_bits, v_bits, group;  // affine pages
   bool keys_per_channel;
+  int rotation;  // channels that a rotation mixes; 0: rows are not rotated
   // byte offsets inside one head's run; -1 where the codec has no such field
   int64_t key, key_scale, key_min, value, value_scale, value_min;
   int64_t run_bytes;  // of one head in one page
@@ -43,11 +44,13 @@ struct Mass {
   int64_t stride;
 };
 
-// Store pages that are read; null count: all of them.
+// Store pages that are read, in lists; null count: all of them.
 struct Reads {
-  const int32_t* pages;  // [num_seqs, num_kv_heads, width]
-  const int32_t* count;  // [num_seqs, num_kv_heads]; -1: all pages of the sequence
+  const int32_t* pages;  // [lists, num_kv_heads, width], ascending
+  const int32_t* count;  // [lists, num_kv_heads]; -1: all pages of the sequence
+  const int32_t* first;  // [num_seqs] first list of a sequence
   int64_t width;
+  int block;  // queries that share a list; 0: all of a sequence share its first one
 };
 
 struct Tensor {  // [tokens, heads, head_size], heads contiguous
@@ -58,9 +61,13 @@ struct Tensor {  // [tokens, heads, head_size], heads contiguous
 struct Call {
   Layout layout;
   Batch batch;
-  Dtype dtype;  // of query, key, value and output
+  Dtype dtype;        // of query, key, value and output
+  Dtype fresh_dtype;  // of key and value where attention has rotated them
   int num_heads, num_kv_heads;
   float scale;
+  const float* key_offset;  // [num_kv_heads, head_size] taken from every key, or null
+  float soft_cap;      // scores become soft_cap tanh(score / soft_cap); 0: they stay
+  const float* sinks;  // [num_heads] learned scores without a token, or null
   Tensor query, key, value, output;
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes
@@ -69,16 +76,33 @@ struct Call {
   Mass mass;
   Reads reads;
 
-  int store_pages(int seq, int head) const {
-    const int all = (batch.stored[seq] + layout.page_tokens - 1) / layout.page_tokens;
-    if (!reads.count) return all;
-    const int chosen = reads.count[int64_t(seq) * num_kv_heads + head];
-    return chosen < 0 ? all : chosen;
+  // queries from this one on that read the same pages as it does
+  int same_reads(int query) const { return reads.block ? reads.block - query % reads.block : 1 << 30; }
+  int64_t list(int seq, int head, int query) const {
+    return int64_t(reads.first[seq] + (reads.block ? query / reads.block : 0)) * num_kv_heads + head;
   }
-  // the i-th store page that is read
-  int store_page(int seq, int head, int i) const {
-    const int64_t at = int64_t(seq) * num_kv_heads + head;
-    return reads.count && reads.count[at] >= 0 ? reads.pages[at * reads.width + i] : i;
+  bool reads_all(int seq, int head, int query) const {
+    return !reads.count || reads.count[list(seq, head, query)] < 0;
+  }
+  // store pages that a query (counted from the sequence's first fresh one) reads
+  int store_pages(int seq, int head, int query) const {
+    const int all = (batch.stored[seq] + layout.page_tokens - 1) / layout.page_tokens;
+    return reads_all(seq, head, query) ? all : reads.count[list(seq, head, query)];
+  }
+  // the i-th of them
+  int store_page(int seq, int head, int query, int i) const {
+    return reads_all(seq, head, query) ? i : reads.pages[list(seq, head, query) * reads.width + i];
+  }
+  bool reads_page(int seq, int head, int query, int page) const {
+    if (reads_all(seq, head, query)) return true;
+    const int32_t* from = reads.pages + list(seq, head, query) * reads.width;
+    int low = 0, high = reads.count[list(seq, head, query)];
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (from[middle] < page) low = middle + 1;
+      else high = middle;
+    }
+    return low < reads.count[list(seq, head, query)] && from[low] == page;
   }
   const uint8_t* store_run(int seq, int page, int head) const {
     return run(seq, batch.store_row[seq] + page, head);
@@ -99,6 +123,15 @@ struct Call {
   }
 };
 
+// What a few queries of each block attend to, by store pages.
+struct PageMass {
+  const int32_t* blocks;  // [count, 3]: sequence, first fresh query, queries
+  int count, samples;
+  float* mass;  // [count, num_kv_heads, width], zeros
+  float* rest;  // [count, num_kv_heads], zeros: of ring and fresh tokens
+  int64_t width;
+};
+
 // Tokens of several sequences, one after the other: sequence s has index[head][start[s] .. start[s + 1]),
 // and its keys and values are at the same places of [num_kv_heads, count, head_size].
 struct Moved {
@@ -110,6 +143,7 @@ struct Moved {
 
 struct Kernels {
   bool (*attend)(const Call&);  // false: no memory
+  bool (*page_mass)(const Call&, const PageMass&);
   void (*append)(Call&);
   void (*read)(const Call&, const Moved&);
   void (*write)(Call&, const Moved&);  // the batch's counts are those after the write

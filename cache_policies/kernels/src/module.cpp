@@ -58,16 +58,19 @@ T* address(intptr_t p) {
 class Layer {
  public:
   Layer(const std::string& isa, const Layout& layout, int dtype, int num_heads, int num_kv_heads,
-        float scale, bool rounding)
+        float scale, float soft_cap, intptr_t sinks, bool rounding, intptr_t key_offset)
       : kernels_(table(isa)) {
     bool found = false;
     for (const auto& name : supported()) found = found || name == isa;
     if (!found) throw std::invalid_argument("this CPU does not support " + isa);
     call_.layout = layout;
-    call_.dtype = static_cast<Dtype>(dtype);
+    call_.dtype = call_.fresh_dtype = static_cast<Dtype>(dtype);
     call_.num_heads = num_heads;
     call_.num_kv_heads = num_kv_heads;
     call_.scale = scale;
+    call_.key_offset = address<const float>(key_offset);
+    call_.soft_cap = soft_cap;
+    call_.sinks = address<const float>(sinks);
     call_.rounding = rounding;
   }
 
@@ -95,10 +98,12 @@ class Layer {
 
   // addresses of 0: no mass is counted, all pages are read
   void set_options(intptr_t first_query, intptr_t first_token, intptr_t place, intptr_t out, int64_t stride,
-                   intptr_t reads, intptr_t read_count, int64_t read_width) {
+                   intptr_t reads, intptr_t read_count, intptr_t read_first, int64_t read_width,
+                   int read_block) {
     call_.mass = {address<const int32_t>(first_query), address<const int32_t>(first_token),
                   address<const int32_t>(place), address<float>(out), stride};
-    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count), read_width};
+    call_.reads = {address<const int32_t>(reads), address<const int32_t>(read_count),
+                   address<const int32_t>(read_first), read_width, read_block};
   }
 
   void attend(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t value,
@@ -107,6 +112,16 @@ class Layer {
     call_.query = {address<char>(query), query_stride};
     call_.output = {address<char>(output), output_stride};
     if (!kernels_.attend(call_)) throw std::bad_alloc();
+  }
+
+  void page_mass(intptr_t query, int64_t query_stride, intptr_t key, int64_t key_stride, intptr_t blocks,
+                 int count, int samples, intptr_t mass, intptr_t rest, int64_t width, int num_threads) {
+    set_tensors(key, key_stride, 0, 0, num_threads);
+    call_.query = {address<char>(query), query_stride};
+    call_.reads = {};
+    const PageMass wanted = {address<const int32_t>(blocks), count, samples, address<float>(mass),
+                             address<float>(rest), width};
+    if (!kernels_.page_mass(call_, wanted)) throw std::bad_alloc();
   }
 
   void append(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int num_threads) {
@@ -143,11 +158,11 @@ class Layer {
 
 Layout make_layout(int kind, int store_dtype, int ring_dtype, int head_size, int page_tokens,
                    int ring_tokens, int ring_pages, int k_bits, int v_bits, int group,
-                   bool keys_per_channel, int64_t key, int64_t key_scale, int64_t key_min,
+                   bool keys_per_channel, int rotation, int64_t key, int64_t key_scale, int64_t key_min,
                    int64_t value, int64_t value_scale, int64_t value_min, int64_t run_bytes) {
   return Layout{static_cast<Kind>(kind), static_cast<Dtype>(store_dtype),
                 static_cast<Dtype>(ring_dtype), head_size, page_tokens, ring_tokens, ring_pages,
-                k_bits, v_bits, group, keys_per_channel, key, key_scale, key_min, value,
+                k_bits, v_bits, group, keys_per_channel, rotation, key, key_scale, key_min, value,
                 value_scale, value_min, run_bytes};
 }
 
@@ -162,15 +177,17 @@ NB_MODULE(_cpu, m) {
   nb::class_<Layout>(m, "Layout");
   m.def("layout", &make_layout, nb::kw_only(), "kind"_a, "store_dtype"_a, "ring_dtype"_a,
         "head_size"_a, "page_tokens"_a, "ring_tokens"_a, "ring_pages"_a, "k_bits"_a, "v_bits"_a,
-        "group"_a, "keys_per_channel"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
+        "group"_a, "keys_per_channel"_a, "rotation"_a, "key"_a, "key_scale"_a, "key_min"_a, "value"_a,
         "value_scale"_a, "value_min"_a, "run_bytes"_a);
   nb::class_<Layer>(m, "Layer")
-      .def(nb::init<const std::string&, const Layout&, int, int, int, float, bool>(), "isa"_a,
-           "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "rounding"_a)
+      .def(nb::init<const std::string&, const Layout&, int, int, int, float, float, intptr_t, bool, intptr_t>(),
+           "isa"_a, "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "soft_cap"_a,
+           "sinks"_a, "rounding"_a, "key_offset"_a)
       .def("set_batch", &Layer::set_batch)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
+      .def("page_mass", &Layer::page_mass, nb::call_guard<nb::gil_scoped_release>())
       .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
       .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());

@@ -44,6 +44,13 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   const __m256i x = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
 }
+// 4 times bit `shift` (lanes 0..3) or `shift` + 4 (lanes 4..7) of one of four words
+KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
+  const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  const __m256i by = _mm256_add_epi32(_mm256_set1_epi32(shift), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  const __m256i bit = _mm256_and_si256(_mm256_srlv_epi32(v, by), _mm256_set1_epi32(1));
+  return _mm256_cvtepi32_ps(_mm256_slli_epi32(bit, 2));
+}
 KV_INLINE float f8_sum(f8 v) {
   __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -86,6 +93,27 @@ KV_INLINE void f8_transpose(f8 r[8]) {
   return OP(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31))
 KV_INLINE f8 f8_sum8(const f8 r[8]) { KV_REDUCE8(_mm256_add_ps); }
 KV_INLINE f8 f8_max8(const f8 r[8]) { KV_REDUCE8(_mm256_max_ps); }
+KV_INLINE f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+KV_INLINE f8 f8_clamp_f16(f8 x) { return f8_max(f8_set(-65504.f), f8_min(f8_set(65504.f), x)); }  // NaN stays
+KV_INLINE __m128i f8_to_f16(f8 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+// 1 / x, 0 for 0
+KV_INLINE f8 f8_inverse(f8 x) {
+  return _mm256_and_ps(_mm256_div_ps(f8_set(1.f), x), _mm256_cmp_ps(x, f8_zero(), _CMP_GT_OQ));
+}
+KV_INLINE __m128i f8_to_bf16(f8 v) {  // as float_to_bf16
+  const __m256i x = _mm256_castps_si256(v), top = _mm256_srli_epi32(x, 16), one = _mm256_set1_epi32(1);
+  const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(top, one));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(x, half), 16);
+  const __m256i quiet = _mm256_or_si256(top, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+KV_INLINE __m128i f8_to_s8(f8 x) {  // in the lower eight bytes; x is rounded and within int8
+  const __m256i r = _mm256_cvtps_epi32(x);
+  const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  return _mm_packs_epi16(w, w);
+}
 KV_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 KV_INLINE float f16_to_float(uint16_t x) { return _cvtsh_ss(x); }
 KV_INLINE uint16_t float_to_f16(float f) { return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
@@ -122,6 +150,15 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   i8x v;
   memcpy(&v, p, 32);
   return __builtin_convertvector((v >> shift) & ((1 << bits) - 1), f8);
+}
+KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
+  f8 v;
+  for (int i = 0; i < 8; i++) {
+    uint32_t word;
+    memcpy(&word, p + i % 4 * 4, 4);
+    v[i] = float((word >> (shift + i / 4 * 4) & 1) * 4);
+  }
+  return v;
 }
 KV_INLINE float f8_sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 KV_INLINE float f8_hmax(f8 v) { float m = v[0]; for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m; return m; }
@@ -211,6 +248,7 @@ typedef Lanes8 Wide;
 #endif
 typedef Wide::Vec fw;
 enum { FW = Wide::N };
+static const float LOG2_E = 1.44269504088896341f;
 
 // 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
 KV_INLINE fw fw_exp2(fw x) {

@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 
 
+def _refuse_shape(shape: Shape) -> None:
+    lacking = {
+        "a logits soft cap": shape.soft_cap,
+        "attention sinks learned by the model": shape.sinks is not None,
+        "a key offset": shape.key_offset is not None,
+    }
+    for feature, there in lacking.items():
+        if there:
+            raise PolicyError(f"the triton kernel cannot serve layers with {feature} yet")
+
+
 class TritonKernel:
     """Attention on a GPU; or on CPU tensors, slowly, in Triton's interpreter.
 
@@ -44,6 +55,7 @@ class TritonKernel:
 
     def __init__(self, layout: PageLayout, shape: Shape, *, splits: int | None = None) -> None:
         self.layout, self.shape, self.splits = layout, shape, splits
+        _refuse_shape(shape)
         self.page = Page.of(layout, shape)
         self.tiles = plans.Tiles.of(self.page)
         self._group = shape.num_heads // shape.num_kv_heads
@@ -78,6 +90,15 @@ class TritonKernel:
         if mass is not None:
             assert lse is not None
             self._mass(batch, mass, pages, chosen, query, key, lse)
+
+    def page_mass(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a sparse prefill is refused before a request comes here.
+
+        Raises:
+            PolicyError: always.
+
+        """
+        raise PolicyError("the triton kernel has no sparse prefill yet")
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
@@ -262,6 +283,7 @@ class _Chosen:
         self.any, self.width = reads is not None, 0
         self.pages = self.count = batch.device_counts.stored
         if reads is not None:
+            _require(not reads.block, "reads: one list a request")
             device = batch.block_table.device
             self.width = reads.pages.shape[2]
             self.pages = reads.pages.to(device, non_blocking=True).contiguous()

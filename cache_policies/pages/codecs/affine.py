@@ -35,6 +35,10 @@ class AffineCodec(Codec):
     def keys_per_channel(self) -> bool:
         """True: key groups run over tokens. False: over channels, like value groups."""
 
+    @property
+    def takes_key_offset(self) -> bool:
+        return not self.keys_per_channel  # the minimum of a channel is one
+
     def channel_group(self, head_size: int) -> int:
         """Channels of a token that share a scale."""
         return self.divisor

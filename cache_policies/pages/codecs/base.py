@@ -28,12 +28,18 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     loses: ClassVar[str]
-    ROTATES: ClassVar[bool] = False  # pages hold keys and values under ``rotation.rotate``
+    QUANTIZES: ClassVar[bool] = True
+    ROTATES: ClassVar[bool] = False  # ``turned`` is ``rotation.rotate``
 
     @property
     def residual(self) -> int:
         """Recent tokens kept in 16 bit until they are absorbed together; 0: none."""
         return 0
+
+    @property
+    def takes_key_offset(self) -> bool:
+        """Whether a constant taken from all keys makes them easier to encode."""
+        return False
 
     @property
     def divisor(self) -> int:
@@ -68,6 +74,13 @@ class Codec(ABC):
                 f"{self}: residual {self.residual} does not divide the block size {page_tokens}"
             )
 
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """What is attended to and written instead of rows ``x`` ``[..., head_size]`` float32.
+
+        Orthonormal and its own inverse, so that products of rows do not change.
+        """
+        return x
+
     @abstractmethod
     def fields(
         self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
@@ -89,8 +102,8 @@ class Codec(ABC):
         Args:
             views: typed views of one page, from ``PageLayout.views``.
             start: first position; a multiple of ``residual`` where there is a ring.
-            key: ``[num_kv_heads, num_tokens, head_size]`` float32.
-            value: same shape as ``key``.
+            key: ``[num_kv_heads, num_tokens, head_size]`` float32, turned.
+            value: same shape as ``key``, turned.
 
         """
 
@@ -99,6 +112,6 @@ class Codec(ABC):
         """Decode the first ``count`` tokens of a page.
 
         Returns:
-            key and value, each ``[num_kv_heads, count, head_size]`` float32.
+            key and value, each ``[num_kv_heads, count, head_size]`` float32, turned.
 
         """

@@ -24,6 +24,10 @@ class Int8(Codec):
     keeps: ClassVar[str] = "every token"
     loses: ClassVar[str] = "precision below 1/254 of each vector's largest channel"
 
+    @property
+    def takes_key_offset(self) -> bool:
+        return True
+
     def fields(
         self, head_size: int, page_tokens: int, model_dtype: torch.dtype, packed: str = LANES
     ) -> tuple[Field, ...]:

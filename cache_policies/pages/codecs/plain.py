@@ -20,6 +20,7 @@ class Raw(Codec):
     name: ClassVar[str] = "raw"
     keeps: ClassVar[str] = "every token in the model's dtype"
     loses: ClassVar[str] = "nothing"
+    QUANTIZES: ClassVar[bool] = False
 
     def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Stored dtype for a model dtype."""

@@ -18,8 +18,6 @@ from cache_policies.pages.codecs.rotation import rotate
 if TYPE_CHECKING:
     import torch
 
-    from cache_policies.pages.codecs.base import Views
-
 BITS = (2, 3, 4, 8)
 
 
@@ -60,9 +58,5 @@ class Rotated(AffineCodec):
     def keys_per_channel(self) -> bool:
         return False
 
-    def write(self, views: Views, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        super().write(views, start, rotate(key), rotate(value))
-
-    def read(self, views: Views, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = super().read(views, count)
-        return rotate(key), rotate(value)
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x)

@@ -1,8 +1,7 @@
-// Decode over packed 2 and 4 bit pages with integer dot products; needs 32-byte integers.
+// Decode over packed 2, 3 and 4 bit pages with integer dot products; needs 32-byte integers.
 //
 // Keys: q.k = sum_c q_c (code_c s_c + m_c). The vector q_c s_c (KIVI: per group of tokens;
-// FlexGen: q_c, with s per token outside) is rounded to 16 bit for 4-bit codes and to 8 bit for
-// 2-bit codes. Codes are unsigned; counting them from their middle, whose
+// FlexGen: q_c, with s per token outside) is rounded to 16 bit, for 2-bit codes to 8 bit. Codes are unsigned; counting them from their middle, whose
 // share is taken exactly, leaves only the rounding error times (code - mid).
 //
 // Values: sum_t p_t (code_t s_t + m_t). The weights p_t s_t of 32 tokens are rounded to 8 bit
@@ -246,12 +245,14 @@ static void decode_codes_group(const Layout& l, const PageScales& p, const uint8
   alignas(32) float score[GC * MAX_PAGE];
   const float* q = query + head * d;
   if (l.k_bits == 2) score_codes<2, GC>(l, p, run, count, q, score, fetch);
+  else if (l.k_bits == 3) score_codes<3, GC>(l, p, run, count, q, score, fetch);
   else score_codes<4, GC>(l, p, run, count, q, score, fetch);
   for (int g = 0; g < GC; g++) {
     softmax_row(s, head + g, d, score + g * MAX_PAGE, count);
     for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * MAX_PAGE + t] = 0.f;
   }
   if (l.v_bits == 2) mix_codes<2, GC>(l, p, run, count, score, s->out + head * d, fetch);
+  else if (l.v_bits == 3) mix_codes<3, GC>(l, p, run, count, score, s->out + head * d, fetch);
   else mix_codes<4, GC>(l, p, run, count, score, s->out + head * d, fetch);
 }
 

@@ -17,13 +17,20 @@ KV_INLINE i8v iv_broadcast4(const void* p) { int32_t x; memcpy(&x, p, 4); return
 // vector `v` (0..3) of a block of packed codes; see codecs/packing.py
 template <int BITS>
 KV_INLINE i8v iv_codes(const uint8_t* block, int v) {
+  if (BITS == 3) {
+    const i8v low = _mm256_and_si256(_mm256_srli_epi16(iv_load(block), v * 2), _mm256_set1_epi8(3));
+    const i8v high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(block + 32)));
+    const i8v bit = _mm256_set_m128i(_mm_set1_epi8(char(16 << v)), _mm_set1_epi8(char(1 << v)));
+    const i8v set = _mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit);
+    return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(4)));
+  }
   enum { PER_BYTE = 8 / BITS };
   const i8v x = iv_load(block + v / PER_BYTE * 32);
   return _mm256_and_si256(_mm256_srli_epi16(x, v % PER_BYTE * BITS), _mm256_set1_epi8((1 << BITS) - 1));
 }
 
 // One query head, rounded, against one group of keys (KIVI) or all of a page (FlexGen): to eight
-// bits for 2-bit keys, to sixteen for 4-bit ones.
+// bits for 2-bit keys, to sixteen for others.
 struct RoundedQuery {
   alignas(32) int8_t q8[256];  // 2-bit keys; with VNNI the upper bytes of sixteen bits, rounded
 #if defined(__AVX512VNNI__)
@@ -42,11 +49,11 @@ struct RoundedQuery {
 KV_INLINE void iv_dot(i8v& sum, i8v x, i8v y) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
 
 template <int BITS>
-KV_INLINE float round_range() { return BITS == 4 ? 32512.f : 127.f; }  // 127 x 256
+KV_INLINE float round_range() { return BITS > 2 ? 32512.f : 127.f; }  // 127 x 256
 
 template <int BITS>
 KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
-  if (BITS == 4) {
+  if (BITS > 2) {
     const i8v high = _mm256_srai_epi16(_mm256_add_epi16(packed, _mm256_set1_epi16(128)), 8);
     _mm_store_si128((__m128i*)(out->q8 + c), _mm256_cvtepi16_epi8(high));
     _mm_store_si128((__m128i*)(out->low8 + c), _mm256_cvtepi16_epi8(packed));
@@ -105,7 +112,7 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
     i8v w[GC];
     for (int g = 0; g < GC; g++) w[g] = iv_broadcast4(w8[g] + s * 32 + 4 * v);
     for (int o = 0; o < OC; o++) {
-      const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * (BITS / 2) * 32;
+      const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * BITS * 16;
       const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
       for (int g = 0; g < GC; g++) iv_dot(dot[g][o], w[g], x);
     }
@@ -114,11 +121,11 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
 
 #else
 template <int BITS>
-KV_INLINE float round_range() { return BITS == 4 ? 32767.f : 127.f; }
+KV_INLINE float round_range() { return BITS > 2 ? 32767.f : 127.f; }
 
 template <int BITS>
 KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
-  if (BITS == 4) {
+  if (BITS > 2) {
     const i8v low = _mm256_shufflelo_epi16(packed, _MM_SHUFFLE(3, 1, 2, 0));
     _mm256_store_si256((__m256i*)(out->q16 + c), _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
   } else {
@@ -167,6 +174,25 @@ KV_INLINE void dot_4bit(const uint8_t* span, int v, int from, int to, const Roun
 }
 
 template <int GC, int NV>
+KV_INLINE void dot_3bit(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
+  const i8v mask = _mm256_set1_epi16(255);
+  for (int c = from; c < to; c += 4) {
+    i8v x[NV];
+    for (int o = 0; o < NV; o++) x[o] = iv_codes<3>(span + c * 12, v + o);
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++)
+      for (int o = 0; o < NV; o++) {
+        const i8v half = odd ? _mm256_srli_epi16(x[o], 8) : _mm256_and_si256(x[o], mask);
+        for (int g = 0; g < GC; g++) {
+          const i8v q = iv_broadcast4(rq[g].q16 + c + 2 * odd);
+          dot[g][o] = _mm256_add_epi32(dot[g][o], _mm256_madd_epi16(half, q));
+          KV_KEEP(dot[g][o]);
+        }
+      }
+  }
+}
+
+template <int GC, int NV>
 KV_INLINE void dot_2bit(const uint8_t* span, int v, int from, int to, const RoundedQuery* rq, i8v dot[GC][NV]) {
   for (int start = from; start < to; start += 128) {  // 32 steps of at most 3 x 127 x 2 fit 16 bits
     const int end = min_int(start + 128, to);
@@ -195,6 +221,7 @@ KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const Rou
   for (int g = 0; g < GC; g++)
     for (int o = 0; o < NV; o++) dot[g][o] = _mm256_setzero_si256();
   if (BITS == 4) dot_4bit<GC, NV>(span, v, from, to, rq, dot);
+  else if (BITS == 3) dot_3bit<GC, NV>(span, v, from, to, rq, dot);
   else dot_2bit<GC, NV>(span, v, from, to, rq, dot);
 }
 
@@ -211,7 +238,7 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
     i8v w[GC];
     for (int g = 0; g < GC; g++) w[g] = iv_broadcast4(w8[g] + s * 32 + 4 * v);
     for (int o = 0; o < OC; o++) {
-      const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * (BITS / 2) * 32;
+      const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * BITS * 16;
       const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
       for (int g = 0; g < GC; g++) {
         part[g][o] = _mm256_add_epi16(part[g][o], _mm256_maddubs_epi16(w[g], x));

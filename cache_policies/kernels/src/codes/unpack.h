@@ -4,6 +4,13 @@
 #include "codes/slots.h"
 #include "simd.h"
 
+// the codes of byte `column` (0..3) of eight lanes of a vector; slot: of its first byte
+KV_INLINE f8 lanes_of_codes(const uint8_t* codes, CodeSlot slot, int column, int bits) {
+  if (bits != 3) return f8_load_codes(codes + slot.byte, slot.shift + 8 * column, bits);
+  return f8_load_codes(codes + slot.byte, slot.shift + 8 * column, 2) +
+         f8_load_high(codes + slot.high_byte, slot.high_shift + 8 * column);
+}
+
 // Decodes tokens [first, first + count) of an affine page, first a multiple of 32: calls
 // put(t, c, x, y) with channels c and c + 1 of the eight tokens from first + t on.
 template <class Put>
@@ -21,9 +28,8 @@ KV_INLINE void keys_from_codes(const Layout& l, const uint8_t* run, int first, i
       for (int t = t0; t < min_int(t0 + span, count); t += 8)
         for (int c = c0; c < c0 + share; c += 2) {
           const CodeSlot slot = key_slot(first + t, c & ~3, l.k_bits, d);
-          const uint8_t* codes = run + l.key + slot.byte;
-          put(t, c, f8_fma(f8_load_codes(codes, slot.shift + c % 4 * 8, l.k_bits), scale[0], low[0]),
-              f8_fma(f8_load_codes(codes, slot.shift + c % 4 * 8 + 8, l.k_bits), scale[1], low[1]));
+          put(t, c, f8_fma(lanes_of_codes(run + l.key, slot, c % 4, l.k_bits), scale[0], low[0]),
+              f8_fma(lanes_of_codes(run + l.key, slot, c % 4 + 1, l.k_bits), scale[1], low[1]));
         }
     }
 }
@@ -36,16 +42,16 @@ KV_INLINE void values_from_codes(const Layout& l, const uint8_t* run, int first,
   const int64_t octet = int64_t(l.page_tokens) * l.v_bits;  // bytes between eight channels and the next
   for (int t = 0; t < count; t += 2) {
     const CodeSlot slot = value_slot((first + t) & ~3, 0, l.v_bits, l.page_tokens);
-    const int shift = slot.shift + (first + t) % 4 * 8;
+    const int column = (first + t) % 4;
     const bool pair = t + 1 < count;
     for (int c0 = 0; c0 < l.head_size; c0 += l.group) {
       const int g = c0 / l.group * l.page_tokens + first + t;
       const f8 scale = f8_set(f16_to_float(vs[g])), low = f8_set(f16_to_float(vm[g]));
       const f8 scale2 = pair ? f8_set(f16_to_float(vs[g + 1])) : f8_zero(), low2 = pair ? f8_set(f16_to_float(vm[g + 1])) : f8_zero();
       for (int c = c0; c < c0 + l.group; c += 8) {
-        const uint8_t* codes = run + l.value + slot.byte + c / 8 * octet;
-        put(t, c, f8_fma(f8_load_codes(codes, shift, l.v_bits), scale, low),
-            f8_fma(f8_load_codes(codes, shift + 8, l.v_bits), scale2, low2));
+        const uint8_t* codes = run + l.value + c / 8 * octet;
+        put(t, c, f8_fma(lanes_of_codes(codes, slot, column, l.v_bits), scale, low),
+            f8_fma(lanes_of_codes(codes, slot, column + 1, l.v_bits), scale2, low2));
       }
     }
   }

@@ -36,14 +36,20 @@ static void load_row(const char* row, Dtype dtype, int n, float* out) {
   for (int c = 0; c < n; c += 8) f8_store(out + c, load8(row, dtype, c));
 }
 
-static void store_row(char* row, Dtype dtype, int n, const float* x) {
-  if (dtype == Dtype::f32) {
-    memcpy(row, x, size_t(n) * 4);
-  } else if (dtype == Dtype::bf16) {
-    for (int c = 0; c < n; c++) ((uint16_t*)row)[c] = float_to_bf16(x[c]);
-  } else {
-    for (int c = 0; c < n; c++) ((uint16_t*)row)[c] = float_to_f16(x[c]);
-  }
+KV_INLINE void store8(char* row, Dtype dtype, int channel, f8 x) {
+  if (dtype == Dtype::f32) return f8_store((float*)row + channel, x);
+#if defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)((uint16_t*)row + channel), dtype == Dtype::bf16 ? f8_to_bf16(x) : f8_to_f16(x));
+#else
+  alignas(32) float lane[8];
+  f8_store(lane, x);
+  for (int i = 0; i < 8; i++)
+    ((uint16_t*)row)[channel + i] = dtype == Dtype::bf16 ? float_to_bf16(lane[i]) : float_to_f16(lane[i]);
+#endif
+}
+
+static void store_row(char* row, Dtype dtype, int n, const float* x) {  // n is a multiple of 8
+  for (int c = 0; c < n; c += 8) store8(row, dtype, c, f8_load(x + c));
 }
 
 // Keys or values of a sequence as one pointer a token, with an optional scale a token (int8).
@@ -101,19 +107,23 @@ static void ring_rows(const Call& c, int seq, int head, int first, int count, Kv
   }
 }
 
+static const char* row_as(const Call& c, const Tensor& x, Dtype dtype, int64_t token, int head) {
+  return x.data + (token * x.token_stride + int64_t(head) * c.layout.head_size) * item_bytes(dtype);
+}
+
 static const char* tensor_row(const Call& c, const Tensor& x, int64_t token, int head) {
-  return x.data + (token * x.token_stride + int64_t(head) * c.layout.head_size) * item_bytes(c.dtype);
+  return row_as(c, x, c.dtype, token, head);
 }
 
 // fresh tokens [first, first + count) of this step, counted from the sequence's first one
 static void fresh_rows(const Call& c, int seq, int head, int first, int count, KvRows* out) {
-  out->key.dtype = out->value.dtype = c.dtype;
+  out->key.dtype = out->value.dtype = c.fresh_dtype;
   out->key.count = out->value.count = count;
   out->key.scale = out->value.scale = nullptr;
   out->octets = nullptr;
   for (int t = 0; t < count; t++) {
     const int64_t token = c.batch.query_start[seq] + first + t;
-    out->key.row[t] = tensor_row(c, c.key, token, head);
-    out->value.row[t] = tensor_row(c, c.value, token, head);
+    out->key.row[t] = row_as(c, c.key, c.fresh_dtype, token, head);
+    out->value.row[t] = row_as(c, c.value, c.fresh_dtype, token, head);
   }
 }

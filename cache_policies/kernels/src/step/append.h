@@ -3,31 +3,38 @@
 
 #include "codes/encode.h"
 #include "rows/encode.h"
+#include "rows/rotate.h"
+
+// packed codes of tokens [slot, slot + n) of a page, all in one octet
+static void encode_codes(const Layout& l, uint8_t* run, int slot, int n, const float* key, const float* value) {
+  const int d = l.head_size;
+  if (l.keys_per_channel && slot % l.group == 0) encode_key_group(l, run, slot, key);  // of the whole group
+  for (int t = 0; t < n && !l.keys_per_channel; t++) encode_key(l, run, slot + t, key + t * d);
+  for (int t = 0; t < n;) {
+    const int lane = min_int(n - t, 4 - (slot + t) % 4);
+    encode_values(l, run, slot + t, lane, value + t * d);
+    t += lane;
+  }
+}
 
 // keys and values of `count` tokens, [count, head_size] float, into the store at `first`
 static void write_store(Call& c, int seq, int head, int first, int count, float* key, float* value) {
   const Layout& l = c.layout;
-  const int d = l.head_size;
-  for (int t = 0; t < count; t++) {
+  for (int t = 0, n; t < count; t += n) {
     const int position = first + t, slot = position % l.page_tokens;
+    n = min_int(count - t, 8 - slot % 8);
     uint8_t* run = c.run(seq, c.batch.store_row[seq] + position / l.page_tokens, head);
-    float *k = key + int64_t(t) * d, *v = value + int64_t(t) * d;
+    float *k = key + int64_t(t) * l.head_size, *v = value + int64_t(t) * l.head_size;
     if (l.kind == Kind::affine) {
-      if (!l.keys_per_channel)
-        encode_token(l, run, l.key, l.key_scale, l.key_min, l.k_bits, true, slot, k);
-      else if (slot % l.group == 0)
-        encode_key_group(l, run, slot, k);
-      encode_token(l, run, l.value, l.value_scale, l.value_min, l.v_bits, false, slot, v);
-    } else if (l.kind == Kind::int8) {
-      encode_int8((int8_t*)run + l.key + octet_start(slot, d), 8, (uint16_t*)(run + l.key_scale), slot, d, k);
-      encode_int8((int8_t*)run + l.value + int64_t(slot) * d, 1, (uint16_t*)(run + l.value_scale), slot, d, v);
+      encode_codes(l, run, slot, n, k, v);
+    } else if (n == 8) {
+      if (l.kind == Kind::int8) encode_int8_octet(l, run, slot, k, v);
+      else encode_plain_octet(l, run, slot, k, v);
     } else {
-      const int64_t item = item_bytes(l.store_dtype);
-      char row[256 * 4];
-      store_clamped(row, l.store_dtype, d, k);
-      char* octet = (char*)run + l.key + octet_start(slot, d) * item;
-      for (int j = 0; j < d; j++) memcpy(octet + 8 * j * item, row + j * item, size_t(item));
-      store_clamped((char*)run + l.value + slot * d * item, l.store_dtype, d, v);
+      for (int i = 0; i < n; i++, k += l.head_size, v += l.head_size) {
+        if (l.kind == Kind::int8) encode_int8_token(l, run, slot + i, k, v);
+        else encode_plain_token(l, run, slot + i, k, v);
+      }
     }
   }
 }
@@ -51,6 +58,9 @@ static void load_pending(const Call& c, int seq, int head, int first, int count,
     else fresh_rows(c, seq, head, i - in_ring, 1, &rows);
     load_row(rows.key.row[0], rows.key.dtype, d, key + int64_t(t) * d);
     load_row(rows.value.row[0], rows.value.dtype, d, value + int64_t(t) * d);
+    if (i < in_ring) continue;  // is as it was written
+    enter_key(c, head, key + int64_t(t) * d);
+    rotate_row(c.layout, value + int64_t(t) * d);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "codes/decode.h"
 #include "rows/decode.h"
+#include "rows/int8.h"
 #include "step/mass.h"
 
 static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int causal_from, Scratch* x,
@@ -51,7 +52,8 @@ static void attend_page(const Call& c, const Task& t, const uint8_t* run, int co
     } else {
       KvRows rows;
       page_rows(c, run, first, n, &rows);
-      attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
+      if (t.queries == 1 && c.rounding && has_int8_dot(l)) decode_int8(rows, Query{x->query, group}, d, s, fetch);
+      else attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
     }
   }
 }
@@ -70,8 +72,21 @@ static void attend_recent(const Call& c, const Task& t, Scratch* x, Softmax* s) 
   }
 }
 
+// a sink takes its share of the softmax and has no value
+static void add_sinks(const Call& c, const Task& t, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c);
+  for (int r = 0; r < t.queries * group; r++) {
+    const float sink = c.sinks[t.head * group + r % group] * LOG2_E;
+    const float top = max_float(s->top[r], sink), shrink = exp2f(s->top[r] - top);
+    s->top[r] = top;
+    s->sum[r] = s->sum[r] * shrink + exp2f(sink - top);
+    for (int j = 0; j < d; j++) s->out[int64_t(r) * d + j] *= shrink;
+  }
+}
+
 static void write_output(const Call& c, const Task& t, Softmax* s, const Denominators& z) {
   const int d = c.layout.head_size, group = heads_per_query(c);
+  if (c.sinks) add_sinks(c, t, s);
   for (int r = 0; z.log2 && r < t.queries * group; r++) {
     const int query = t.query_from + r / group - c.mass.first_query[t.seq];
     if (query < 0 || c.mass.place[t.seq] < 0) continue;
@@ -80,6 +95,7 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
   for (int r = 0; r < t.queries * group; r++) {
     float* row = s->out + int64_t(r) * d;
     for (int j = 0; j < d; j++) row[j] /= s->sum[r];
+    rotate_row(c.layout, row);
     const int64_t token = c.batch.query_start[t.seq] + t.query_from + r / group;
     store_row(const_cast<char*>(tensor_row(c, c.output, token, t.head * group + r % group)), c.dtype, d, row);
   }
@@ -88,16 +104,16 @@ static void write_output(const Call& c, const Task& t, Softmax* s, const Denomin
 static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, const Denominators& z) {
   const Layout& l = c.layout;
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, c.soft_cap * LOG2_E};
   load_queries(c, t, x->query);
 #if defined(__AVX512BF16__)
   if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
 #endif
   softmax_begin(&s, rows, d);
   for (int i = t.page_from; i < t.page_to; i++) {
-    const int page = c.store_page(t.seq, t.head, i), count = min_int(l.page_tokens, stored - page * l.page_tokens);
+    const int page = c.store_page(t.seq, t.head, t.query_from, i), count = min_int(l.page_tokens, stored - page * l.page_tokens);
     const uint8_t* run = c.store_run(t.seq, page, t.head);
-    const uint8_t* next = i + 1 < t.page_to ? c.store_run(t.seq, c.store_page(t.seq, t.head, i + 1), t.head) : run;
+    const uint8_t* next = i + 1 < t.page_to ? c.store_run(t.seq, c.store_page(t.seq, t.head, t.query_from, i + 1), t.head) : run;
     Fetch fetch = {next, next == run ? next : next + l.run_bytes, 0};
     attend_page(c, t, run, count, x, &s, &fetch);
   }
@@ -117,7 +133,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
 static void join_task(const Call& c, const Task* t, int splits, Scratch* x, const float* partial,
                       const Denominators& z) {
   const int d = c.layout.head_size, rows = t->queries * heads_per_query(c);
-  Softmax s = {x->top, x->sum, x->out};
+  Softmax s = {x->top, x->sum, x->out, 0.f};
   softmax_begin(&s, rows, d);
   for (int r = 0; r < rows; r++) {
     for (int i = 0; i < splits; i++) s.top[r] = max_float(s.top[r], partial[(t[i].partial + r) * (d + 2)]);
@@ -132,10 +148,24 @@ static void join_task(const Call& c, const Task* t, int splits, Scratch* x, cons
 }
 
 // work of a task, in query rows x tokens
-static double work(const Call& c, int seq, int queries) {
-  const double pages = c.store_pages(seq, 0);
-  const double tokens = pages * c.layout.page_tokens + c.batch.ring[seq] + 0.5 * queries + 64;
+static double work(const Call& c, int seq, int head, int query, int queries) {
+  const double pages = c.store_pages(seq, head, query);
+  const double tokens = pages * c.layout.page_tokens + c.batch.ring[seq] + query + 0.5 * queries + 64;
   return tokens * queries * heads_per_query(c);
+}
+
+// calls `use` with sequence, KV head, first query and number of queries of every block of rows
+template <class Use>
+static void for_blocks(const Call& c, Use use) {
+  const Batch& b = c.batch;
+  const int block = max_int(1, MAX_ROWS / heads_per_query(c));
+  for (int s = 0; s < b.num_seqs; s++) {
+    const int fresh = b.query_start[s + 1] - b.query_start[s];
+    for (int q = 0, queries; q < fresh; q += queries) {
+      queries = min_int(min_int(block, fresh - q), c.same_reads(q));
+      for (int h = 0; h < c.num_kv_heads; h++) use(s, h, q, queries);
+    }
+  }
 }
 
 struct Tasks {
@@ -145,34 +175,26 @@ struct Tasks {
 
 // tasks of all sequences into `tasks`, or only their number
 static Tasks split_work(const Call& c, Task* tasks) {
-  const Batch& b = c.batch;
-  const int group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
   double total = 0;
-  for (int s = 0; s < b.num_seqs; s++)
-    total += work(c, s, b.query_start[s + 1] - b.query_start[s]) * c.num_kv_heads;
+  for_blocks(c, [&](int s, int h, int q, int queries) { total += work(c, s, h, q, queries); });
   const double target = total / (c.num_threads * 6.0);  // a task's share, so that cores end together
   Tasks n = {0, 0};
-  for (int s = 0; s < b.num_seqs; s++) {
-    const int fresh = b.query_start[s + 1] - b.query_start[s];
-    const int pages = c.store_pages(s, 0);  // every head reads as many
-    for (int q = 0; q < fresh; q += block) {
-      const int queries = min_int(block, fresh - q);
-      const int wanted = c.num_threads > 1 ? int(work(c, s, queries) / target) : 1;
-      const int splits = max_int(1, min_int(wanted, pages / 2));
-      for (int h = 0; h < c.num_kv_heads; h++)
-        for (int i = 0; i < splits; i++, n.count++) {
-          const int64_t partial = splits > 1 ? n.partial_rows : -1;
-          if (tasks)
-            tasks[n.count] = Task{s, h, q, queries, pages * i / splits, pages * (i + 1) / splits, i == splits - 1, partial};
-          if (splits > 1) n.partial_rows += queries * group;
-        }
+  for_blocks(c, [&](int s, int h, int q, int queries) {
+    const int pages = c.store_pages(s, h, q);
+    const int wanted = c.num_threads > 1 ? int(work(c, s, h, q, queries) / target) : 1;
+    const int splits = max_int(1, min_int(wanted, pages / 2));
+    for (int i = 0; i < splits; i++, n.count++) {
+      const int64_t partial = splits > 1 ? n.partial_rows : -1;
+      if (tasks)
+        tasks[n.count] = Task{s, h, q, queries, pages * i / splits, pages * (i + 1) / splits, i == splits - 1, partial};
+      if (splits > 1) n.partial_rows += queries * heads_per_query(c);
     }
-  }
+  });
   return n;
 }
 
 // false: no memory
-static bool attend(const Call& c) {
+static bool attend_call(const Call& c) {
   const Tasks n = split_work(c, nullptr);
   const bool counts = c.mass.first_query != nullptr;
   Array<Task> tasks(n.count);
@@ -200,4 +222,17 @@ static bool attend(const Call& c) {
       }
   }
   return !failed && (!counts || count_mass(c, z));
+}
+
+// false: no memory
+static bool attend(const Call& c) {
+  if (!c.layout.rotation && !c.key_offset) return attend_call(c);
+  const int64_t items = int64_t(c.batch.query_start[c.batch.num_seqs]) * c.num_kv_heads * c.layout.head_size;
+  Array<float> key(items), value(items);
+  if (!key.ok() || !value.ok()) return false;
+  Call entered = c;
+  entered.key = enter_fresh(c, c.key, true, key.data);
+  entered.value = enter_fresh(c, c.value, false, value.data);
+  entered.fresh_dtype = Dtype::f32;
+  return attend_call(entered);
 }

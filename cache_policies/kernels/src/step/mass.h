@@ -52,8 +52,10 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
   const int first = max_int(0, c.mass.first_query[t.seq]), padded = (t.count + FW - 1) / FW * FW;
   alignas(64) float mass[TILE] = {0};
   load_keys(c, t, &x->tile);
-  for (int q = first; q < fresh; q += block) {
-    const int queries = min_int(block, fresh - q);
+  for (int q = first, next; q < fresh; q = next) {
+    const int queries = min_int(min_int(block, fresh - q), c.same_reads(q));
+    next = q + queries;
+    if (t.part == Part::store && !c.reads_page(t.seq, t.head, q, t.first / c.layout.page_tokens)) continue;
     const int causal_from = t.part == Part::fresh ? q - t.first : int(SEES_ALL);
     if (causal_from + queries <= 0) continue;
     load_queries(c, Task{t.seq, t.head, q, queries, 0, 0, false, -1}, x->query);
@@ -61,7 +63,9 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
     for (int r = 0; r < queries * group; r++) {
       const int visible = min_int(t.count, causal_from + r / group + 1);
       const int64_t row = (z.offset[t.seq] + q - first + r / group) * c.num_heads + t.head * group + r % group;
-      if (visible > 0) add_row(x->score + r * TILE, visible, z.log2[row], mass);
+      if (visible <= 0) continue;
+      if (c.soft_cap > 0.f) soft_cap_row(x->score + r * TILE, visible, c.soft_cap * LOG2_E);
+      add_row(x->score + r * TILE, visible, z.log2[row], mass);
     }
   }
   const int before = t.part == Part::store ? 0 : c.batch.stored[t.seq] + (t.part == Part::fresh ? c.batch.ring[t.seq] : 0);
@@ -73,8 +77,10 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
 static int mass_tiles(const Call& c, int seq, int head, MassTask* tasks) {
   const Batch& b = c.batch;
   int count = 0;
-  for (int i = 0; i < c.store_pages(seq, head); i++) {
-    const int from = c.store_page(seq, head, i) * c.layout.page_tokens;
+  const bool all = c.reads.block > 0;  // queries read unlike pages; mass_task leaves some out
+  const int pages = all ? (b.stored[seq] + c.layout.page_tokens - 1) / c.layout.page_tokens : c.store_pages(seq, head, 0);
+  for (int i = 0; i < pages; i++) {
+    const int from = (all ? i : c.store_page(seq, head, 0, i)) * c.layout.page_tokens;
     const int end = min_int(from + c.layout.page_tokens, b.stored[seq]);
     const bool counts = from + c.layout.page_tokens > c.mass.first_token[seq];
     for (int t = from; counts && t < end; t += TILE, count++)

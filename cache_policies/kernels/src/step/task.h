@@ -3,6 +3,7 @@
 #pragma once
 
 #include "array.h"
+#include "rows/rotate.h"
 #include "tile/bf16.h"
 #include "tile/tile.h"
 
@@ -44,7 +45,8 @@ static void load_queries(const Call& c, const Task& t, float* out) {
       float* row = out + int64_t(i * group + g) * d;
       const int64_t token = c.batch.query_start[t.seq] + t.query_from + i;
       load_row(tensor_row(c, c.query, token, t.head * group + g), c.dtype, d, row);
-      for (int j = 0; j < d; j++) row[j] *= c.scale * 1.44269504088896341f;  // log2(e)
+      rotate_row(c.layout, row);
+      for (int j = 0; j < d; j++) row[j] *= c.scale * LOG2_E;
     }
 }
 

@@ -15,7 +15,17 @@ struct Softmax {
   float* top;   // [rows] largest score so far
   float* sum;   // [rows]
   float* out;   // [rows, head_size]
+  float cap;    // of the scores; 0: none
 };
+
+// score -> cap tanh(score / cap); up to the next multiple of FW
+KV_INLINE void soft_cap_row(float* score, int count, float cap) {
+  const fw inverse = Wide::set(2.f * LOG2_E / cap), two_caps = Wide::set(2.f * cap);
+  for (int t = 0; t < count; t += FW) {  // tanh(x) = 1 - 2 / (e^2x + 1)
+    const fw power = fw_exp2(Wide::set(0.f) - Wide::max(Wide::set(-60.f), Wide::set(0.f) - Wide::load(score + t) * inverse));
+    Wide::store(score + t, Wide::set(cap) - two_caps / (power + Wide::set(1.f)));
+  }
+}
 
 static void softmax_begin(Softmax* s, int rows, int d) {
   for (int r = 0; r < rows; r++) s->top[r] = -1e30f, s->sum[r] = 0.f;
@@ -26,6 +36,7 @@ static void softmax_begin(Softmax* s, int rows, int d) {
 // score[count .. next multiple of FW) is set to 0.
 KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) {
   const int padded = (count + FW - 1) / FW * FW;
+  if (s->cap > 0.f) soft_cap_row(score, count, s->cap);
   for (int t = count; t < padded; t++) score[t] = -1e30f;
   fw top = Wide::load(score);
   for (int t = FW; t < padded; t += FW) top = Wide::max(top, Wide::load(score + t));
