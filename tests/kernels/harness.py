@@ -66,7 +66,7 @@ class Setup:
         order = torch.randperm(seqs * row, generator=rng) + 1
         table = order.to(torch.int32).reshape(seqs, row)
         learned = torch.randn(heads, generator=rng) * 3 if sinks else None
-        shape = Shape(heads, kv_heads, head_size**-0.5, soft_cap, learned)
+        shape = Shape(heads, kv_heads, head_size**-0.5, soft_cap=soft_cap, sinks=learned)
         return cls(layout, shape, pages, table)
 
     def batch(self, computed: list[int], fresh: list[int], buffers: Buffers | None = None) -> Batch:

@@ -286,8 +286,11 @@ class _Chosen:
             _require(not reads.block, "reads: one list a request")
             device = batch.block_table.device
             self.width = reads.pages.shape[2]
-            self.pages = reads.pages.to(device, non_blocking=True).contiguous()
-            self.count = reads.count.to(device, non_blocking=True).contiguous()
+            if reads.block:
+                raise PolicyError("the triton kernel reads one list of pages for a request")
+            first = reads.first.to(device, non_blocking=True)
+            self.pages = reads.pages.to(device, non_blocking=True)[first]
+            self.count = reads.count.to(device, non_blocking=True)[first]
             _require(self.pages.dtype == self.count.dtype == torch.int32, "reads: int32")
 
 

@@ -67,5 +67,6 @@ class Tiles:
             # Codes are decoded in registers; with 64 rows of 128 channels they spill on sm_80.
             many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
             many_warps=8 if wide or (page.kind != CODES and page.width > 64) else 4,
-            stages=1 if wide else 2,
+            # A second stage takes registers that these have not: int8 spills on sm_80 with it.
+            stages=1 if wide or page.kind == INT8 else 2,
         )

@@ -168,7 +168,8 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
     first = torch.zeros(2, dtype=torch.int32)
     place = torch.tensor([0, -1], dtype=torch.int32)
     mass = Mass(first, first, place, torch.zeros(heads, 1024))
-    reads = Reads(torch.zeros(2, heads, 4, dtype=torch.int32), first[:, None].expand(2, heads))
+    lists = torch.zeros(2, heads, 4, dtype=torch.int32)
+    reads = Reads(lists, first[:, None].expand(2, heads), torch.arange(2, dtype=torch.int32))
     batch, tokens = setup.batch([512, 512], [1, 1]), setup.tokens(2, 0)
     with recorded() as calls:
         kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]), mass, reads)

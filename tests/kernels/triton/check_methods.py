@@ -74,7 +74,8 @@ def test_only_chosen_pages_are_read_and_counted(policy: str, page_tokens: int, s
     pages = torch.zeros(2, 2, 5, dtype=torch.int32)
     for head in range(2):
         pages[0, head, :3] = torch.tensor(sorted(rng.choice(5, 3, replace=False)))
-    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32))
+    first = torch.arange(2, dtype=torch.int32)
+    reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32), first)
     masses = [_mass(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
     masses[1] = _there(masses[1])
     both, tokens = Both(setup), setup.tokens(sum(fresh), seed=9)
