@@ -200,20 +200,20 @@ class Shape:
         num_heads: query heads; a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         scale: factor of the scores, usually ``head_size ** -0.5``.
-        key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
-            is attended to or stored, and added again to what is read; a softmax does not see it.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay as they are.
         sinks: ``[num_heads]`` float32, scores learned by the model which take part in the softmax
             of every query and have no key and value; None: there are none.
+        key_offset: ``[num_kv_heads, head_size]`` float32, taken from every key of a head before it
+            is attended to or stored, and added again to what is read; a softmax does not see it.
 
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
-    key_offset: torch.Tensor | None = None
     soft_cap: float = 0.0
     sinks: torch.Tensor | None = None
+    key_offset: torch.Tensor | None = None
 
 
 def sampled(first: int, queries: int, samples: int) -> list[int]:
