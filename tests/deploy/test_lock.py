@@ -55,11 +55,11 @@ def test_it_can_be_written_anew(copy: Path) -> None:
     assert sorted(written) == sorted((ROOT / "constraints.txt").read_text().split())
 
 
-def test_the_set_up_resolves_nothing_and_asks_pytorchs_index_for_torch_only() -> None:
+def test_the_set_up_resolves_nothing_and_asks_pytorchs_index_for_its_own_only() -> None:
     text = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
     installs = [x.strip() for x in text.splitlines() if "pip install" in x]
     assert installs
     assert all("--no-deps" in x for x in installs)
     extra = [x for x in text.splitlines() if "--extra-index-url" in x]
-    assert len(extra) == 1
-    assert extra[0].startswith("torch() {")
+    assert extra
+    assert all(line.startswith(("torch() {", "vision() {")) for line in extra)
