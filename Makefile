@@ -30,7 +30,7 @@ demo: setup
 		--max-model-len 4096 --max-num-batched-tokens 1024 --enforce-eager
 
 test: setup
-	.venv/bin/python -m pytest
+	scripts/test.sh
 
 test-triton-all: setup
 	TRITON_CHECKS=all .venv/bin/python -m pytest -k triton

@@ -1,7 +1,7 @@
 """What sparse prefill saves and what it costs in quality, in the engine, beside stock vLLM.
 
 Usage: ``python -m benchmarks.sparse_prefill [--tokens 8192 ...] [--coverage 0.98 ...] [--codec
-fp16 ...]``
+fp16 ...] [--keys 3] [--no-kl]``
 
 smollm2-135m, stretched by YaRN beyond its 8192 tokens. For every length: seconds to the first
 token of stock vLLM and of each codec with and without sparse prefill, seconds of that in attention
@@ -91,14 +91,16 @@ class Distributions:
         return torch.cat(self.seen)
 
 
-def measure(codec: str | None, tokens: int, chunk: int, methods: list[str]) -> list[dict[str, Any]]:
+def measure(
+    codec: str | None, tokens: int, chunk: int, methods: list[str], *, keys: int, kl: bool
+) -> list[dict[str, Any]]:
     """One engine: a row for each method."""
     from vllm import SamplingParams
 
     llm = engine(codec, tokens, chunk)
     tokenizer = llm.get_tokenizer()
     essay = tokenizer(text(tokens, 0)).input_ids[:tokens]
-    distributions = Distributions(llm) if codec else None
+    distributions = Distributions(llm) if codec and kl else None
     llm.generate("Warm-up.", SamplingParams(max_tokens=2), use_tqdm=False)
     rows: list[dict[str, Any]] = []
     truth: torch.Tensor | None = None
@@ -114,7 +116,8 @@ def measure(codec: str | None, tokens: int, chunk: int, methods: list[str]) -> l
         facts = (getattr(done, "kv_transfer_params", None) or {}).get("kv_cache", {})
         row["read_share"] = facts.get("read_share")
         answer = SamplingParams(max_tokens=12, temperature=0, extra_args=extra)
-        prompts = [passkey_prompt(tokenizer, tokens, k, d) for k, d in KEYS.items()]
+        asked = dict(list(KEYS.items())[:keys])
+        prompts = [passkey_prompt(tokenizer, tokens, k, d) for k, d in asked.items()]
         answers = [
             llm.generate([{"prompt_token_ids": p}], answer, use_tqdm=False)[0].outputs[0].text
             for p in prompts
@@ -145,6 +148,8 @@ def main() -> None:
     parser.add_argument("--coverage", type=float, action="append")
     parser.add_argument("--codec", action="append")
     parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--keys", type=int, default=len(KEYS), help="passkeys for each row")
+    parser.add_argument("--no-kl", action="store_true", help="leave the distributions out")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,7 +157,10 @@ def main() -> None:
     if options.only:
         codec, tokens = options.only[0] or None, int(options.only[1])
         methods = ["all", *sparse] if codec else ["stock"]
-        print(MARK + json.dumps(measure(codec, tokens, options.chunk, methods)))
+        found = measure(
+            codec, tokens, options.chunk, methods, keys=options.keys, kl=not options.no_kl
+        )
+        print(MARK + json.dumps(found))
         return
     print(f"{'':44}{'tokens':>8}{'TTFT s':>9}{'x stock':>9}{'attention s':>12}{'read':>7}"
           f"{'keys':>6}{'KL':>9}")  # fmt: skip
@@ -161,7 +169,8 @@ def main() -> None:
         base = 0.0
         for codec in ("", *(options.codec or ["fp16", "kivi-4bit"])):
             command = [sys.executable, __file__, "--only", codec, str(tokens)]
-            command += ["--chunk", str(options.chunk)]
+            command += ["--chunk", str(options.chunk), "--keys", str(options.keys)]
+            command += ["--no-kl"] if options.no_kl else []
             command += [f"--coverage={c}" for c in options.coverage or ()]
             done = subprocess.run(
                 command, check=True, capture_output=True, text=True,

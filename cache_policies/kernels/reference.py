@@ -72,7 +72,7 @@ class ReferenceKernel:
             mask = self._visible(batch, seq, keys.shape[1], None)
             rows = torch.tensor(sampled(first, queries, samples))
             chosen = query[int(batch.query_start[seq]) + rows].float()
-            weights = self._weights(chosen, keys, mask[:, rows])
+            weights = self._weights(self._turned(chosen), keys, mask[:, rows])
             mean = weights.mean(1).unflatten(0, (heads, -1)).mean(1)  # [kv heads, tokens]
             stored = int(batch.stored[seq])
             page = torch.arange(stored) // size

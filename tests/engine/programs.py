@@ -219,6 +219,7 @@ def mixed(
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "cached": [o.num_cached_tokens for o in outputs],
+        "facts": [(o.kv_transfer_params or {}).get("kv_cache") for o in outputs],
         "undisturbed": [answered.get(o.request_id, max_tokens) for o in outputs],
         "free": pool.get_num_free_blocks(), "total": pool.num_gpu_blocks - 1,
         "preemptions": _preemptions(llm),

@@ -95,10 +95,6 @@ def test_a_model_with_a_bias_keeps_its_predictions(program: Program, tmp_path: P
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.data[SLOW::SIZE] = 400.0
     model.save_pretrained(tmp_path)
-    policies = ["raw", "rotated-4bit", "flexgen-4bit"]
-    found = program(
-        "biased", model=str(tmp_path), policies=policies, longest=LONGEST,
-    )  # fmt: skip
-    exact = torch.tensor(found["raw"])
-    for policy in policies[1:]:
-        assert (torch.tensor(found[policy]) - exact).abs().mean() < 0.1, policy
+    found = program("biased", model=str(tmp_path), policies=["raw", "int8"], longest=LONGEST)
+    # With the bias in the scale a step of the codes would be 400 / 127, more than the keys' spread.
+    assert (torch.tensor(found["int8"]) - torch.tensor(found["raw"])).abs().mean() < 0.5

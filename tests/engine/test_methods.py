@@ -17,7 +17,8 @@ METHODS = [
     "infllm(topk=1,local=128)", "tova(budget=150,interval=16)", "expected-attention(ratio=0.25)",
     "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)", "lagkv(budget=300)",
     "random(budget=100)", "knorm(budget=90,prefill=bounded)",
-    "streaming-llm(sinks=4,window=96,positions=cache)",
+    "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)",
+    "sparse-prefill(topk=1,exact=128)", "snapkv(budget=200)+sparse-prefill(coverage=0.5,exact=0)",
 ]  # fmt: skip
 PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(METHODS))]
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
@@ -32,6 +33,12 @@ def test_requests_of_different_policies_share_a_batch(program: Program, tiny: st
     assert all(len(tokens) == 24 for tokens in got["tokens"])
     same = [i for i, m in enumerate(METHODS) if m is None or not _depends_on_chunks(m)]
     assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
+    for method, facts in zip(METHODS, alone["facts"], strict=True):
+        if method and "sparse" in method:  # the random model attends to everything alike
+            assert 0 < facts["read_share"] <= 1
+            assert (facts["read_share"] < 0.9) == ("topk" in method)
+        else:
+            assert "read_share" not in facts
 
 
 def test_a_prompt_of_embeddings_has_a_method_too(program: Program, tiny: str) -> None:
@@ -49,7 +56,7 @@ def test_every_method_runs_on_quantized_pages(program: Program, tiny: str) -> No
 
 def _depends_on_chunks(method: str) -> bool:
     bounded = ("streaming-llm", "keydiff", "infllm")
-    return method.startswith(bounded) or "bounded" in method
+    return method.startswith(bounded) or "bounded" in method or "sparse" in method
 
 
 def test_preemption_keeps_the_policy(program: Program, tiny: str) -> None:

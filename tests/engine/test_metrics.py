@@ -12,6 +12,7 @@ import pytest
 
 from cache_policies.step.clock import PARTS
 from tests.deploy.test_grafana import missing
+from tests.engine.asking import MODEL, prompt
 
 if TYPE_CHECKING:
     import openai
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.engine
 PROMTOOL = shutil.which("promtool")
+
+
+@pytest.fixture(autouse=True)
+def asked(client: openai.OpenAI) -> None:
+    """Metrics with labels are there once a request was: a plain one, and one that drops tokens."""
+    for model in (MODEL, "fast"):
+        client.completions.create(model=model, prompt=prompt("metrics"), max_tokens=4)
 
 
 def test_metrics_are_named_and_typed_as_prometheus_wants(server: Server) -> None:
@@ -53,10 +61,7 @@ def test_promtool_finds_no_fault_in_our_metrics(server: Server) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(
-    server: Server, client: openai.OpenAI
-) -> None:
-    client.completions.create(model="fast", prompt="one two three", max_tokens=2)
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(server: Server) -> None:
     scrape = httpx.get(f"{server.url}/metrics", timeout=20).text
     assert not missing(scrape)
     assert missing(scrape.replace("kvthrift_kv_used_bytes", "x")) == {"kvthrift_kv_used_bytes"}

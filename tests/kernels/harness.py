@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 4e-2}
 # Soft caps on scores of order 1: none, one that bends all of them, one that bends few.
 CAPS = st.sampled_from((0.0, 0.0, 0.5, 5.0))
+# Queries in 8 bits, as 3-bit keys meet them on AVX2, weigh more where a scale spans a whole head:
+# still under a tenth of the codec's own error (test_cpu.py).
+WIDER = {"rotated-3bit": 4e-2}
 EXACT = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # no integer dots
 
 
