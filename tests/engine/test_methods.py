@@ -34,9 +34,8 @@ def test_requests_of_different_policies_share_a_batch(program: Program, tiny: st
     same = [i for i, m in enumerate(METHODS) if m is None or not _depends_on_chunks(m)]
     assert [got["tokens"][i] for i in same] == [alone["tokens"][i] for i in same]
     for method, facts in zip(METHODS, alone["facts"], strict=True):
-        if method and "sparse" in method:  # the random model attends to everything alike
-            assert 0 < facts["read_share"] <= 1
-            assert (facts["read_share"] < 0.9) == ("topk" in method)
+        if method and "sparse" in method:
+            assert 0 < facts["read_share"] < 0.9
         else:
             assert "read_share" not in facts
 
