@@ -122,8 +122,8 @@ def measure(
             llm.generate([{"prompt_token_ids": p}], answer, use_tqdm=False)[0].outputs[0].text
             for p in prompts
         ]
-        right = [METRICS["exact_key"](a, (key,), ()) for a, key in zip(answers, KEYS, strict=True)]
-        row["keys"] = sum(right) / len(right)
+        right = [METRICS["exact_key"](a, (key,), ()) for a, key in zip(answers, asked, strict=True)]
+        row["keys"] = sum(right) / len(right) if right else None
         if distributions is not None:
             found = distributions.of(essay, extra).float()
             truth = found if truth is None else truth
@@ -137,6 +137,10 @@ def _attention_seconds() -> float:
     """Seconds this process has spent in attention over our pages, as its metric counts them."""
     from prometheus_client import REGISTRY
 
+    from cache_policies.vllm_plugin import backend
+    from cache_policies.vllm_plugin.metrics import cache_seconds
+
+    cache_seconds(backend._clock)  # of the last step; otherwise the next one counts it
     value = REGISTRY.get_sample_value("kvthrift_cache_seconds_total", {"part": "attend"})
     return value or 0.0
 
