@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
@@ -44,7 +45,7 @@ def middle(ids: list[int], tokens: int) -> tuple[list[int], list[int]]:
     return ids[:half], ids[len(ids) - (tokens - half) :]
 
 
-class _Endpoint:
+class _Endpoint(ABC):
     """Counts a prompt once, by the endpoint it goes to."""
 
     def __init__(self, endpoint: str) -> None:
@@ -58,11 +59,13 @@ class _Endpoint:
             self._sent[key] = self._chat(text) if chat else self._completion(text)
         return self._sent[key]
 
+    @abstractmethod
     def _chat(self, text: str) -> int:
-        raise NotImplementedError
+        """Tokens of a prompt sent as one message of a chat."""
 
+    @abstractmethod
     def _completion(self, text: str) -> int:
-        raise NotImplementedError
+        """Tokens of a prompt sent as it is."""
 
 
 class ApproximateTokenizer(_Endpoint):
