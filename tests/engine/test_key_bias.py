@@ -96,5 +96,5 @@ def test_a_model_with_a_bias_keeps_its_predictions(program: Program, tmp_path: P
         layer.self_attn.k_proj.bias.data[SLOW::SIZE] = 400.0
     model.save_pretrained(tmp_path)
     found = program("biased", model=str(tmp_path), policies=["raw", "int8"], longest=LONGEST)
-    # With the bias in the scale a step of the codes would be 400 / 127, more than the keys' spread.
+    # 0.17; with the bias left in the scale, whose step is then 400 / 127, it is 3.0.
     assert (torch.tensor(found["int8"]) - torch.tensor(found["raw"])).abs().mean() < 0.5
