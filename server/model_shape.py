@@ -49,15 +49,22 @@ class ModelShape:
         return cls.of(config.get_text_config(), dtype)
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> ModelShape:
-        """Read a configuration of the transformers library, of the text model."""
+    def of(cls, config: Any, dtype: torch.dtype, states: str = "auto") -> ModelShape:
+        """Read a configuration of the transformers library, of the text model.
+
+        Args:
+            config: of the text model.
+            dtype: dtype the model runs in.
+            states: vLLM's ``mamba_ssm_cache_dtype``, where an engine has settled it.
+
+        """
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         kinds = list(_kinds(config))
         token = 2 * kv_heads * size * dtype.itemsize
         constant = sum(token * _window_tokens(config, kind) for kind in kinds)
-        constant += kinds.count("state") * state_bytes(config, dtype)
+        constant += kinds.count("state") * state_bytes(config, dtype, _recurrent(config, dtype, states))
         return cls(kinds.count("full"), kv_heads, size, dtype, constant)
 
 
@@ -86,8 +93,17 @@ def _window_tokens(config: Any, kind: str) -> int:
     return int(config.attention_chunk_size) if kind == "chunked_attention" else 0
 
 
-def state_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the state of one layer: of its convolution and of its recurrence.
+def _recurrent(config: Any, dtype: torch.dtype, states: str) -> torch.dtype:
+    """Dtype of the states of recurrences: the engine's, or what vLLM would choose here."""
+    if states == "auto" and torch.cpu._is_avx512_bf16_supported():
+        states = "float32"  # vllm/platforms/cpu.py: whatever the model's configuration says
+    if states == "auto":
+        states = getattr(config, "mamba_ssm_cache_dtype", None) or "auto"
+    return getattr(torch, states, dtype)
+
+
+def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
+    """Bytes of the state of one layer: of its convolution, and of its recurrence in its own dtype.
 
     Sources: vLLM's ``MambaStateShapeCalculator``; Mamba, arXiv 2312.00752; Mamba 2, arXiv
     2405.21060; gated delta net, arXiv 2412.06464.
@@ -96,7 +112,6 @@ def state_bytes(config: Any, dtype: torch.dtype) -> int:
     def first(*names: str, default: int = 0) -> int:
         return next((int(v) for n in names if (v := getattr(config, n, None)) is not None), default)
 
-    recurrent = getattr(torch, getattr(config, "mamba_ssm_cache_dtype", None) or "", dtype)
     tail = first("mamba_d_conv", "conv_kernel", "linear_conv_kernel_dim", default=4) - 1
     state = first("mamba_d_state", "ssm_state_size")
     heads = first("mamba_n_heads", "mamba_num_heads")

@@ -67,7 +67,8 @@ class ServerState:
     def shape(self) -> Shape:
         """The served model's."""
         model = self.vllm_config.model_config
-        found = ModelShape.of(model.hf_text_config, model.dtype)
+        states = self.vllm_config.cache_config.mamba_ssm_cache_dtype
+        found = ModelShape.of(model.hf_text_config, model.dtype, states)
         return Shape(
             layers=found.layers,
             num_kv_heads=model.get_total_num_kv_heads(),

@@ -130,6 +130,20 @@ def test_what_grows_and_what_does_not(
     assert (shape.layers, shape.constant_bytes) == (layers, constant)
 
 
+@pytest.mark.parametrize(
+    ("fast_bfloat16", "settled", "recurrent"),
+    [(True, "auto", 4), (False, "auto", 2), (True, "bfloat16", 2), (False, "float32", 4)],
+)
+def test_states_have_the_dtype_that_vllm_chooses_on_this_cpu(
+    monkeypatch: pytest.MonkeyPatch, fast_bfloat16: bool, settled: str, recurrent: int
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast_bfloat16)
+    name, arguments = FAMILIES["qwen3-next"]
+    shape = ModelShape.of(getattr(transformers, name)(**arguments), torch.bfloat16, settled)
+    layer = 2 * 3 * (2 * 2 * 128 + 4 * 128) + recurrent * 4 * 128 * 128
+    assert shape.constant_bytes == 3 * layer
+
+
 def test_constant_bytes_count_for_every_request() -> None:
     shape = ModelShape(layers=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     beside = replace(shape, constant_bytes=8192 * 4 * 64 * 2)  # as much as grows in 16 bit
