@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 IMAGE = "kvthrift:0.1.0-cpu"
 SMALL = "--enforce-eager --max-model-len 2048"
+QUOTED = """--policy-alias fast='snapkv(budget=512)' --default-chat-template-kwargs '{"a b": 1}'"""
 CACHE = str(128 << 20)
 PROJECT = "kvthrift-deploy-test"
 
@@ -211,7 +212,7 @@ class Stack:
             "PORT": self.server,
             "PROMETHEUS_PORT": self.prometheus,
             "CACHE_MEMORY": CACHE,
-            "SERVER_ARGS": SMALL,
+            "SERVER_ARGS": f"{SMALL} {QUOTED}",
             "SHM_SIZE": "1g",
             "HF_HUB_OFFLINE": "1",
             "CPU_THREADS": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
@@ -257,6 +258,12 @@ def test_prometheus_sees_the_server(stack: Stack) -> None:
     until(lambda: ok(f"http://127.0.0.1:{stack.server}/health"), 300, "the server healthy")
     until(stack.is_up, 60, "Prometheus scrapes it")
     until(lambda: stack.query("kvthrift_kv_capacity_bytes"), 60, "our metrics are there")
+
+
+def test_quotes_hold_words_of_the_arguments_together(stack: Stack) -> None:
+    url = f"http://127.0.0.1:{stack.server}/v1/models"
+    models = httpx.get(url, timeout=20, trust_env=False).json()["data"]
+    assert "fast" in [model["id"] for model in models]
 
 
 def test_the_load_test_writes_its_report(stack: Stack) -> None:
