@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 STOCK = "stock"
 POLICIES = (
     STOCK, "fp16", "kivi-4bit", "snapkv(budget=1024)+kivi-4bit", "streaming-llm(window=1020)",
-    "infllm",
+    "infllm", "sparse-prefill(coverage=0.95)",
 )  # fmt: skip
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 QUICK = LENGTHS[:3]

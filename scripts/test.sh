@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# All tests. Those that start engines run beside the others, for starting one keeps a single core
-# busy; what they print is shown at the end.
+# All tests, in two halves side by side: those that run engines in programs of their own, and the
+# others, which start servers. Starting either keeps a single core busy. What the first half prints
+# is shown at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp)
 trap 'kill %1 2>/dev/null; rm -f "$log"' EXIT
 
-.venv/bin/python -m pytest tests/engine >"$log" 2>&1 &
-.venv/bin/python -m pytest --ignore tests/engine
+programs=$(grep -lw program tests/engine/test_*.py)
+.venv/bin/python -m pytest $programs >"$log" 2>&1 &
+.venv/bin/python -m pytest ${programs//tests/--ignore=tests}
 others=$?
-echo "test: waiting for the tests that start engines"
+echo "test: waiting for the tests that run engines"
 wait %1
 engines=$?
 cat "$log"
