@@ -2,11 +2,12 @@
 
 Grammar: ``term ['+' term]``, a term being ``name`` or ``name(key=value, ...)``. One term may
 name a codec (how a stored token is encoded), one another codec for the first and last layers,
-one a retention method (which tokens stay) or a retrieval method (which pages a query reads), and
-one sparse prefill (which pages the prompt's queries read)::
+one a retention method (which tokens stay), one a retrieval method (which pages of them a query
+reads), and one sparse prefill (which pages the prompt's queries read)::
 
     kivi-2bit    snapkv(budget=1024)    snapkv(budget=1024)+kivi-4bit    infllm(topk=16)+int8
     kivi-2bit+layers(first=2,last=2,codec=fp16)    snapkv(budget=1024)+sparse-prefill(coverage=0.9)
+    snapkv(budget=4096)+quest(topk=8)+kivi-4bit
 
 Without a codec, tokens are stored in float16.
 """
@@ -43,6 +44,9 @@ _TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")
 class Method:
     """What one request may choose: which tokens stay, and which pages a query reads.
 
+    With both, tokens are dropped first and pages chosen among what stayed, as the two stages of
+    RocketKV (arXiv 2502.14051) are.
+
     Attributes:
         retention: None: every token stays.
         retrieval: None: every page is read.
@@ -67,6 +71,11 @@ class Method:
     def is_plain(self) -> bool:
         """Whether every token stays and is read."""
         return not self.parts
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the prompt's queries see a part of the tokens before them only."""
+        return any(p.bounded for p in (self.retention, self.retrieval) if p is not None)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ def _edges(codec: Codec, name: str, arguments: str | None) -> EdgeLayers:
 
 
 def parse_method(text: str) -> Method:
-    """Parse what a request may choose: a retention or retrieval method, or ``all``.
+    """Parse what a request may choose: a retention method, a retrieval method, both, or ``all``.
 
     Raises:
         PolicyError: as ``parse``, and for a codec, which is the server's to choose.
@@ -180,24 +189,37 @@ def _split(text: str, allowed: str) -> tuple[Method, list[tuple[str, str | None]
 
 
 def _combined(text: str, methods: list[Method]) -> Method:
-    prefills = [m for m in methods if m.prefill]
-    others = [m for m in methods if not m.prefill]
-    for several in (prefills, others):
-        if len(several) > 1:
-            raise PolicyError(
-                f"cache policy {text!r}: {several[0]} and {several[1]} cannot be combined; only "
-                f"one retention or retrieval method and one {', '.join(PREFILL)} can be given"
-            )
-    method = others[0] if others else Method()
-    if not prefills:
-        return method
-    chosen = method.retention or method.retrieval
-    if chosen is not None and chosen.bounded:
+    whole = Method()
+    for method in methods:
+        for kind in ("retention", "retrieval", "prefill"):
+            one, other = getattr(whole, kind), getattr(method, kind)
+            if one and other:
+                raise PolicyError(
+                    f"cache policy {text!r}: {one} and {other} cannot be combined; only one "
+                    f"retention method, one retrieval method and one {', '.join(PREFILL)} can be "
+                    "given"
+                )
+            whole = replace(whole, **{kind: one or other})
+    try:
+        _refuse_together(whole)
+    except PolicyError as error:
+        raise PolicyError(f"cache policy {text!r}: {error}") from None
+    return whole
+
+
+def _refuse_together(method: Method) -> None:
+    """Refuse parts that would undo each other."""
+    retention, retrieval, prefill = method.retention, method.retrieval, method.prefill
+    if retention and retrieval and retention.counts_attention and retrieval.OBSERVES:
         raise PolicyError(
-            f"cache policy {text!r}: {prefills[0]} and {method} cannot be combined: the prompt "
-            "of a method with prefill=bounded reads a part already; give it prefill=full"
+            f"{retention} and {retrieval} cannot be combined: each counts attention of its own "
+            "queries; quest counts none"
         )
-    return replace(method, prefill=prefills[0].prefill)
+    if prefill and method.bounded:
+        raise PolicyError(
+            f"{prefill} and {replace(method, prefill=None)} cannot be combined: the prompt of a "
+            "method with prefill=bounded reads a part already; give it prefill=full"
+        )
 
 
 def _method(text: str, name: str, arguments: str | None, allowed: str) -> Method:

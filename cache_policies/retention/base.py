@@ -222,6 +222,11 @@ class Retention(ABC):
         """
         return None
 
+    @property
+    def counts_attention(self) -> bool:
+        """Whether ``Seen.mass`` is filled."""
+        return type(self).first_query is not Retention.first_query
+
     @abstractmethod
     def score(self, seen: Seen) -> torch.Tensor:
         """Importance ``[num_kv_heads, n]`` of every candidate; higher stays."""

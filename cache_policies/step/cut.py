@@ -110,8 +110,12 @@ class Cut:
         return self.held + self.fresh
 
     def is_whole(self, layer: Layer) -> bool:
-        """Whether all kept tokens are written anew, in their order; else only those that move."""
-        return self.moves or layer.rewrites_all or self.retention.rotates
+        """Whether all kept tokens are written anew, in their order; else only those that move.
+
+        Retrieval needs their order: a page of neighbours, and the newest in the last pages.
+        """
+        ordered = self.retention.rotates or self.state.method.retrieval is not None
+        return self.moves or layer.rewrites_all or ordered
 
     def choose(self, layer: Layer, source: Batch, tokens: Tokens) -> Kept:
         """Which candidate comes to each place, and what must be written for it."""
@@ -136,6 +140,7 @@ class Cut:
         """Note what is held now."""
         known = self.state.layers[layer.index]
         known.position, known.end = kept.position.int(), self.before + self.fresh
+        known.summary = None  # other tokens are in the pages now
         if known.mass is not None:
             known.mass.keep(kept.token)
 

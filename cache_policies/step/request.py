@@ -60,9 +60,7 @@ def span_of(method: Method, engine: Engine, prompt: int) -> Span:
 
 def _shares_nothing(method: Method, span: Span) -> bool:
     """Whether the request's pages hold something else than full attention's keys from the start."""
-    chosen = method.retention or method.retrieval
-    cut = span.private and span.first_cut is not None
-    return chosen is not None and (chosen.bounded or cut)
+    return method.bounded or (span.private and span.first_cut is not None)
 
 
 def published_tokens(method: Method, span: Span) -> int | None:
@@ -82,13 +80,12 @@ def readable_tokens(method: Method, span: Span) -> int | None:
 
     The queries that a method looks at must be computed, so the prompt's last ones are not taken.
     """
-    chosen = method.retention or method.retrieval
-    if chosen is None:
+    chosen = [part for part in (method.retention, method.retrieval) if part is not None]
+    if not chosen:
         return None
-    if chosen.NEEDS_EVERY_QUERY or _shares_nothing(method, span):
+    if any(part.NEEDS_EVERY_QUERY for part in chosen) or _shares_nothing(method, span):
         return 0
-    observed = getattr(chosen, "window", 1) if method.retention else 1
-    return max(0, span.prompt - max(1, observed))
+    return max(0, span.prompt - max(1, getattr(method.retention, "window", 1)))
 
 
 @dataclass
@@ -102,7 +99,8 @@ class LayerState:
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
         recent: ``[n, num_heads, head_size]``, the last queries, for methods that ask for some.
-        summary: of the pages between sinks and local window, for retrieval.
+        summary: of the pages between sinks and local window, for retrieval; None once tokens
+            have moved.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
 
     """
@@ -165,7 +163,7 @@ class RequestState:
     """A request whose method is not plain.
 
     Attributes:
-        method: retention or retrieval.
+        method: what stays and what is read.
         span: its token arithmetic.
         computed: tokens computed so far.
         layers: per layer index.

@@ -137,7 +137,8 @@ class Step:
             counts.stored_after[seq] = self.plan.stored(held + appended) if appended else stored
             counts.store_row[seq] = span.store_row(before)
         source = batch.after_append()
-        return LayerStep(batch, Cuts(cuts, source, self._after(source, cuts)), self._counted(cuts))
+        cutting = Cuts(cuts, source, self._after(source, cuts))
+        return LayerStep(batch, cutting, self._counted(batch, cuts))
 
     def _after(self, source: Batch, cuts: list[Cut]) -> Batch:
         """The counts when the cuts are done."""
@@ -151,9 +152,14 @@ class Step:
     def _fresh(self, seq: int) -> int:
         return int(self.query_start[seq + 1] - self.query_start[seq])
 
+    @staticmethod
+    def _held(batch: Batch, seq: int) -> int:
+        """Tokens a request holds before the step, in the layers of this batch."""
+        return int(batch.host.stored[seq] + batch.host.ring[seq])
+
     # ---- attention to be counted
 
-    def _counted(self, cuts: list[Cut]) -> dict[int, tuple[int, int]]:
+    def _counted(self, batch: Batch, cuts: list[Cut]) -> dict[int, tuple[int, int]]:
         """First query and first token whose attention is counted, by request."""
         cutting = {cut.seq for cut in cuts}
         wanted: dict[int, tuple[int, int]] = {}
@@ -164,7 +170,7 @@ class Step:
                 wanted[seq] = first - before, 0
         for seq, _, retrieval in self._retrieving:
             if retrieval.OBSERVES:
-                wanted[seq] = 0, max(0, int(self.computed[seq]) - retrieval.OBSERVES)
+                wanted[seq] = 0, max(0, self._held(batch, seq) - retrieval.OBSERVES)
         return wanted
 
     def _mass(self, layer: Layer, of_layer: LayerStep) -> Mass | None:
@@ -179,7 +185,7 @@ class Step:
         """Where a request's mass is counted."""
         state = self.states[seq]
         assert state is not None
-        needed = int(batch.host.stored[seq] + batch.host.ring[seq]) + self._fresh(seq)
+        needed = self._held(batch, seq) + self._fresh(seq)
         room = state.layers[layer.index].mass_for(layer.mass, needed)
         retention = state.method.retention
         if retention is not None and not retention.ACCUMULATES:
@@ -212,15 +218,15 @@ class Step:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:
                 continue
-            total = -(-int(batch.host.stored[seq]) // self.plan.page_tokens)
-            middle = retrieval.middle(before, self.plan.page_tokens)
-            middle = range(middle.start, min(middle.stop, self.plan.full_pages(before)))
+            held = self._held(batch, seq)
+            middle = retrieval.middle(held, self.plan.page_tokens)
+            middle = range(middle.start, min(middle.stop, self.plan.full_pages(held)))
             if len(middle) <= retrieval.topk:
                 continue
             summary = self._summary(layer, batch, seq, middle, tokens)
             start, end = int(self.query_start[seq]), int(self.query_start[seq + 1])
             query = tokens.query[start:end].float().mean(0).unflatten(0, (layer.heads, -1))
-            row = retrieval.choose(query, summary, middle, total)
+            row = retrieval.choose(query, summary, middle, self.plan.store_pages(held))
             chosen.append(Choice(seq, None, row[None], row.shape[1]))
         return reads_of(chosen, [self._fresh(seq) for seq in range(len(self.states))])
 

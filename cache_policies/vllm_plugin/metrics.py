@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def method_name(method: Method) -> str:
     """A method without its parameters, of which there are too many for a label."""
-    return str(method).partition("(")[0]
+    return "+".join(part.name for part in method.parts) or str(method)
 
 
 class CacheMetrics:

@@ -27,7 +27,8 @@ READING = {
     **{name: f"{name}(topk=1,init=128,local=128)" for name in RETRIEVAL},
     **{name: f"{name}(topk=1,init=128,exact=0)" for name in PREFILL},
 }
-METHODS = [*RETENTION.values(), *READING.values()]
+STAGES = [f"{name}(ratio=0.7)+quest(topk=1,init=128,local=128)" for name in retention_methods()]
+METHODS = [*RETENTION.values(), *READING.values(), *STAGES]
 
 
 def _head_sizes(name: str) -> list[int]:

@@ -47,6 +47,8 @@ METHODS = [
         for form in cls.PREFILL
     ),
     "streaming-llm(ratio=0.25,interval=16,positions=cache)",
+    "tova(ratio=0.8,interval=16)+quest(topk=1,init=128,local=128)",
+    "knorm(ratio=0.8,interval=16)+infllm(topk=1,init=128,local=128,prefill=bounded)",
     *(f"{name}(exact=0)" for name in PREFILL),
     *(f"{_method('snapkv')}+{name}(exact=0)" for name in PREFILL),
 ]

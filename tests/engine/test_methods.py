@@ -18,6 +18,8 @@ METHODS = [
     "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)", "lagkv(budget=300)",
     "random(budget=100)", "knorm(budget=90,prefill=bounded)",
     "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)",
+    "snapkv(budget=600)+quest(topk=1)", "tova(budget=600,interval=8)+quest(topk=1)",
+    "streaming-llm(window=600)+infllm(topk=1,local=128)",
     "sparse-prefill(topk=1,exact=128)", "snapkv(budget=200)+sparse-prefill(coverage=0.5,exact=0)",
 ]  # fmt: skip
 PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(METHODS))]
@@ -96,7 +98,7 @@ def test_pages_are_back_after_the_first_decode_step(program: Program, tiny: str)
 
 def test_prefix_caching_survives(program: Program, tiny: str) -> None:
     """The second and third request hit the prompt's pages, and say what the first one said."""
-    methods = ["snapkv(budget=200)", "tova(budget=150)", "knorm(budget=150)"]
+    methods = ["snapkv(budget=200)", "tova(budget=150)", "snapkv(budget=500)+quest(topk=1)"]
     got = program(
         "mixed", model=tiny, policy="fp16", prompts=[p for p in PROMPTS[:3] for _ in range(3)],
         methods=[m for m in methods for _ in range(3)], together=False,
@@ -109,7 +111,7 @@ def test_prefix_caching_survives(program: Program, tiny: str) -> None:
 
 
 def test_methods_that_must_see_every_query_do_not_hit(program: Program, tiny: str) -> None:
-    methods = ["h2o", "all", "h2o", "expected-attention", "infllm", "streaming-llm", "quest"]
+    methods = ["h2o", "all", "h2o", "knorm+infllm", "infllm", "streaming-llm", "tova+quest"]
     got = program(
         "mixed", model=tiny, policy="fp16", prompts=[PROMPTS[0]] * 7, methods=methods,
         together=False,
