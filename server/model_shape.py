@@ -64,7 +64,8 @@ class ModelShape:
         kinds = list(_kinds(config))
         token = 2 * kv_heads * size * dtype.itemsize
         constant = sum(token * _window_tokens(config, kind) for kind in kinds)
-        constant += kinds.count("state") * state_bytes(config, dtype, _recurrent(config, dtype, states))
+        state = state_bytes(config, dtype, _recurrent(config, dtype, states))
+        constant += kinds.count("state") * state
         return cls(kinds.count("full"), kv_heads, size, dtype, constant)
 
 

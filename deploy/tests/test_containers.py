@@ -217,7 +217,8 @@ class Stack:
             "HF_HUB_OFFLINE": "1",
             "CPU_THREADS": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
             "RESULTS": str(self.results),
-            "WORKLOAD": "passkey(lengths=200,depths=0.5,digits=7,texts=noise)",
+            # longer than the 15 s that Prometheus may take to find it by its name and ask it twice
+            "WORKLOAD": "passkey(lengths=300|600,depths=0.2|0.5|0.8,texts=noise|essay)",
             "ARRIVALS": "closed(concurrency=2)",
         }
         self.environment = {**os.environ, **settings}

@@ -1,4 +1,4 @@
-"""Retention, then retrieval over what stayed: kept tokens, chosen pages and attention by definition."""
+"""Retention, then retrieval over what stayed: tokens, pages and attention by definition."""
 
 from __future__ import annotations
 
