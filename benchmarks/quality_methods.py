@@ -4,7 +4,7 @@ Usage: ``python -m benchmarks.quality_methods [--codec fp16] [--tokens 1200] [--
 [--ratio R ...] [--method NAME ...] [--out FILE]``
 
 Pages of 32 tokens, so that retrieval can read as little as retention keeps. For every method at
-2x, 4x and 8x (kept tokens, or read ones, against the prompt's):
+2x, 4x and 8x (kept tokens, or read ones, against the prompt's; of two stages those read):
 
 * mean scores of the tasks of load-test workloads, by default passkeys of 7 and 64 digits at two
   depths, RULER's needle among others, variable chain and most common words, and the next line of
@@ -58,7 +58,7 @@ def methods(ratio: int, tokens: int) -> dict[str, str]:
     read = f"topk={max(1, kept // PAGE - 3)},init={PAGE},local={2 * PAGE}"
     ratios = (
         "random", "streaming-llm", "h2o", "snapkv", "pyramidkv", "tova", "keydiff", "knorm",
-        "expected-attention", "lagkv",
+        "expected-attention", "lagkv", "r-kv",
     )  # fmt: skip
     return {
         **{name: f"{name}({share})" for name in ratios},
@@ -68,6 +68,8 @@ def methods(ratio: int, tokens: int) -> dict[str, str]:
         "keydiff, full": f"keydiff({share},prefill=full)",
         "infllm": f"infllm({read})",
         "quest": f"quest({read})",
+        # both stages save alike: each leaves a share of what it gets, the root of 1 / ratio
+        "snapkv, then quest": f"snapkv(ratio={ratio**-0.5:.4f},kernel=63)+quest({read})",
     }
 
 

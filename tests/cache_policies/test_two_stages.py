@@ -10,6 +10,7 @@ from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.policy import parse, parse_method
 from cache_policies.retention import retention_methods
 from cache_policies.step.request import published_tokens, readable_tokens
+from cache_policies.vllm_plugin.metrics import method_name
 from tests.cache_policies import oracles
 from tests.cache_policies.worker import HEADS, KV_HEADS, PAGE, SCALE, Text, Worker
 
@@ -185,6 +186,19 @@ def test_two_stages_print_and_parse() -> None:
         parse(text)
     )
     assert str(parse_method("quest+snapkv")) == "snapkv+quest"
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("snapkv(budget=900)+quest(topk=3)", "snapkv+quest"),
+        ("knorm+sparse-prefill(exact=0)", "knorm+sparse-prefill"),
+        ("tova(budget=90)", "tova"),
+        ("all", "all"),
+    ],
+)  # fmt: skip
+def test_metrics_name_both_stages(text: str, label: str) -> None:
+    assert method_name(parse_method(text)) == label
 
 
 @pytest.mark.parametrize(
