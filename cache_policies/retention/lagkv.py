@@ -17,6 +17,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
+    from cache_policies.parameters import Value
     from cache_policies.retention.base import Seen
 
 
@@ -34,6 +35,11 @@ class LagKV(Budgeted):
     loses: ClassVar[str] = "tokens that look like what follows them"
 
     lag: int = 128
+
+    @classmethod
+    def settable(cls) -> dict[str, Value]:
+        # the last chunk is its window
+        return {key: value for key, value in super().settable().items() if key != "window"}
 
     def check(self) -> None:
         if self.lag < 2 or self.sinks < 0:

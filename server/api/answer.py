@@ -108,8 +108,10 @@ def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
     if len(found) == 1:
         return found[0]
     summed = {k: sum(f[k] for f in found) for k, v in found[0].items() if isinstance(v, int)}
-    whole = sum((f["compression_ratio"] or 0) * f["bytes"] for f in found)
-    ratio = round(whole / summed["bytes"], 4) if summed["bytes"] else None
+    known = [f for f in found if f["compression_ratio"] is not None]
+    held = sum(f["bytes"] for f in known)
+    whole = sum(f["compression_ratio"] * f["bytes"] for f in known)
+    ratio = round(whole / held, 4) if held else None
     return {**found[0], **summed, "compression_ratio": ratio}
 
 

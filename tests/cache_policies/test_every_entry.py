@@ -13,6 +13,7 @@ from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
 from cache_policies.pages.codecs.base import HEAD_SIZES
 from cache_policies.pages.layout import PageLayout
+from cache_policies.parameters import parameters
 from cache_policies.policy import method_classes, parse, parse_method
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import PREFILL, RETRIEVAL
@@ -50,6 +51,24 @@ def test_it_is_explained(name: str) -> None:
     assert entry.keeps
     assert entry.loses
     assert f"`{name}`" in DOCUMENT
+
+
+def _negative() -> list[str]:
+    """Every number of every method and codec, below zero; seeds have no sign."""
+    settable = {name: cls.settable() for name, cls in method_classes().items()}
+    settable |= {name: parameters(e.cls, dict(e.fixed)) for name, e in CODECS.items()}
+    return [
+        f"{name}({key}=-1)"
+        for name, given in settable.items()
+        for key, value in given.items()
+        if key != "seed" and isinstance(value, (int, float))
+    ]
+
+
+@pytest.mark.parametrize("text", _negative())
+def test_a_number_below_zero_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError):
+        parse(text)
 
 
 @pytest.mark.parametrize("method", RETENTION.values())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from vllm import SamplingParams
 
+from server.api.answer import _together
 from server.api.asked import CURRENT, Asked
 from server.api.middleware import LOG
 from server.compression import Compressor
@@ -36,6 +37,12 @@ def test_facts_of_several_prompts_are_added() -> None:
     assert (held["pages"], held["bytes"], held["kept_tokens"]) == (4, 200, 16)
     assert held["prompt_tokens"] == 3
     assert (held["policy"], held["compression_ratio"]) == ("snapkv+kivi-4bit", 4.0)
+
+
+def test_a_ratio_that_is_not_known_lowers_no_other() -> None:
+    unknown = {**FACTS, "bytes": 300, "compression_ratio": None}
+    assert _together([FACTS, unknown])["compression_ratio"] == 4.0
+    assert _together([unknown, unknown])["compression_ratio"] is None
 
 
 def usages(text: str) -> list[dict[str, Any]]:
