@@ -8,7 +8,8 @@ turn; API servers and this client share the same cores, as on a user's machine. 
 600 tokens and new each time. ``reserved=N`` leaves N cores to vLLM's scheduler (1: its default),
 ``passive`` lets threads sleep at once where they wait for each other, ``spin=N`` after N turns of a
 loop, ``usual`` is what ``kvthrift serve`` sets. With ``--neighbour`` every round is made a second
-time beside a process that keeps one core busy. server/startup.py holds what was found.
+time beside a process that keeps one core busy. ``FEW_CORES`` of
+server/startup.py is set by ``reserved``; waiting was not compared yet.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ def show(name: str, results: list[tuple[float, float]]) -> None:
     """Print medians over the rounds, and the rounds."""
     speed, first = (statistics.median(x) for x in zip(*results, strict=True))
     rounds = ", ".join(f"{s:.1f}" for s, _ in results)
-    print(f"{name}: {speed:.1f} tokens/s, first token after {first:.2f} s; rounds {rounds}")
+    print(
+        f"{name}: {speed:.1f} tokens/s, first token after {first:.2f} s; rounds {rounds}",
+        flush=True,
+    )
 
 
 def main() -> None:

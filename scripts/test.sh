@@ -4,7 +4,8 @@
 # is shown at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# Threads that wait would spin, and take the cores from the other half: four times as slow, or more.
+# Threads that wait would spin, and take the cores from the other half: beside it five tests of
+# attention mass took 23 s, or over 60 s, instead of 6.5 s.
 export OMP_WAIT_POLICY=passive
 log=$(mktemp)
 trap 'kill %1 2>/dev/null; rm -f "$log"' EXIT
