@@ -76,8 +76,7 @@ def survives(server: Server) -> None:
     assert all(a.status_code == httpx.codes.OK for a in answers[:4]), answers[:4]
     assert httpx.codes.BAD_REQUEST in {a.status_code for a in answers}
     # Asked twice before: prefix-cache hits move the ends of chunks, on which a lossy codec depends.
-    _, seeded, again = (
-        [[c["text"] for c in ask(server, body).json()["choices"]] for body in odd_requests()[:2]]
-        for _ in range(3)
-    )
+    # Not with `n`: its two requests share a step or not, and a product's rounding depends on its
+    # rows (stock's too); tests/engine/test_engine.py asks for two where steps are its own.
+    _, seeded, again = (ask(server, odd_requests()[0]).json()["choices"] for _ in range(3))
     assert seeded == again, (seeded, again)
