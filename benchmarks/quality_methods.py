@@ -58,7 +58,7 @@ def methods(ratio: int, tokens: int) -> dict[str, str]:
     read = f"topk={max(1, kept // PAGE - 3)},init={PAGE},local={2 * PAGE}"
     ratios = (
         "random", "streaming-llm", "h2o", "snapkv", "pyramidkv", "tova", "keydiff", "knorm",
-        "expected-attention", "lagkv", "r-kv",
+        "expected-attention", "lagkv", "r-kv", "compactor",
     )  # fmt: skip
     return {
         **{name: f"{name}({share})" for name in ratios},

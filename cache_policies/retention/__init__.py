@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Retention
+from cache_policies.retention.compactor import Compactor
 from cache_policies.retention.expected_attention import ExpectedAttention
 from cache_policies.retention.h2o import H2O
 from cache_policies.retention.keydiff import KeyDiff
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 BUILT_IN: tuple[type[Retention], ...] = (
     StreamingLLM, H2O, SnapKV, PyramidKV, Tova, KeyDiff, Knorm, ExpectedAttention, LagKV, RKV,
-    Random,
+    Compactor, Random,
 )  # fmt: skip
 ENTRY_POINT = "kvthrift.retention"
 __all__ = ["BUILT_IN", "ENTRY_POINT", "Retention", "retention_methods"]

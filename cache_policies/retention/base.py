@@ -45,6 +45,9 @@ class Seen:
         recent: ``[at most recent_queries, num_heads, head_size]`` float32, the last queries after
             rotary embedding, for methods that ask for some.
         scale: factor of the attention scores.
+        rope: the model's rotary embedding.
+        near: ``[num_kv_heads, prompt]`` float32, mass from the queries of the token's own chunk,
+            for methods that set ``chunk_tokens``.
 
     """
 
@@ -58,6 +61,8 @@ class Seen:
     queries: QueryStatistics | None = None
     recent: torch.Tensor | None = None
     scale: float = 1.0
+    rope: Rope | None = None
+    near: torch.Tensor | None = None
 
     @cached_property
     def _loaded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +118,7 @@ class Retention(ABC):
         NEEDS_EVERY_QUERY: the method looks at all queries of the prompt, so the prompt cannot
             begin with pages from the prefix cache, whose queries nobody computes.
         USES_QUERIES: ``Seen.queries`` is filled.
+        UNROTATES: the method takes keys or queries back to before rotary embedding.
         ACCUMULATES: mass is summed over steps; False: over the asking step alone.
     """
 
@@ -123,6 +129,7 @@ class Retention(ABC):
     DECODE_CUTS: ClassVar[bool] = False
     NEEDS_EVERY_QUERY: ClassVar[bool] = False
     USES_QUERIES: ClassVar[bool] = False
+    UNROTATES: ClassVar[bool] = False
     ACCUMULATES: ClassVar[bool] = True
 
     ratio: float = 0.0
@@ -251,6 +258,11 @@ class Retention(ABC):
     @property
     def recent_queries(self) -> int:
         """How many of the last queries ``Seen.recent`` holds."""
+        return 0
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk inside which ``Seen.near`` is counted; 0: not filled."""
         return 0
 
     @property

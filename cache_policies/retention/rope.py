@@ -13,7 +13,7 @@ import torch
 
 from cache_policies.errors import PolicyError
 
-NEEDS = "expected-attention and positions=cache"
+NEEDS = "expected-attention, compactor and positions=cache"
 # Forms that turn a head by one table, indexed by the position.
 FORMS = ("default", "llama3", "linear", "ntk", "dynamic", "yarn", "longrope")
 # Model types that have a rotary module beside layers that they do not turn by it.

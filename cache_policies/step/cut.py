@@ -173,6 +173,8 @@ class Cut:
             queries=known.queries,
             recent=known.recent,
             scale=layer.scale,
+            rope=layer.rope,
+            near=known.near.total() if known.near else None,
         )
 
 

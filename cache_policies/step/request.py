@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
+    from cache_policies.retention.near import NearAttention
     from cache_policies.step.mass import MassBuffer
 
 
@@ -98,6 +99,7 @@ class LayerState:
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
+        near: mass inside chunks of the prompt, for methods that ask for it.
         recent: ``[n, num_heads, head_size]``, the last queries, for methods that ask for some.
         summary: of the pages between sinks and local window, for retrieval; None once tokens
             have moved.
@@ -109,6 +111,7 @@ class LayerState:
     end: int = 0
     mass: Room | None = None
     queries: QueryStatistics | None = None
+    near: NearAttention | None = None
     recent: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None

@@ -15,6 +15,7 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Mass
 from cache_policies.retention.base import QueryStatistics
+from cache_policies.retention.near import NearAttention
 from cache_policies.step.cut import Cut, Cuts
 from cache_policies.step.reads import Choice, reads_of, sparse_choice, unread_pages
 
@@ -88,7 +89,7 @@ class Step:
         batch, kernel, pages = of_layer.batch, layer.kernel, layer.pages
         mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens)
         kernel.attend(pages, batch, *tokens, output, mass, reads)
-        self._note_queries(layer, tokens.query)
+        self._note_prompt(layer, tokens)
         clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
         clock.lap("append")
@@ -192,23 +193,23 @@ class Step:
             room.view(room.size).zero_()
         return room.start
 
-    def _note_queries(self, layer: Layer, query: torch.Tensor) -> None:
+    def _note_prompt(self, layer: Layer, tokens: Tokens) -> None:
+        """What methods ask to know of queries and keys that no page holds."""
         for seq, state, retention in self._evicting:
-            start = int(self.query_start[seq])
-            if retention.recent_queries:
-                fresh = query[start : start + self._fresh(seq)]
-                state.layers[layer.index].note_recent(fresh, retention.recent_queries)
-            if not retention.USES_QUERIES:
-                continue
-            before = int(self.computed[seq])
-            skip = max(0, getattr(retention, "sinks", 0) - before)
-            count = min(self._fresh(seq), state.span.prompt - before)
-            if count <= skip:
-                continue
+            start, before = int(self.query_start[seq]), int(self.computed[seq])
             known = state.layers[layer.index]
-            if known.queries is None:
-                known.queries = QueryStatistics(layer.rope, layer.scale)
-            known.queries.add(query[start + skip : start + count], before + skip)
+            if retention.recent_queries:
+                fresh = tokens.query[start : start + self._fresh(seq)]
+                known.note_recent(fresh, retention.recent_queries)
+            count = min(self._fresh(seq), state.span.prompt - before)
+            if retention.chunk_tokens and count > 0:
+                known.near = known.near or NearAttention(retention.chunk_tokens, layer.scale)
+                prompt = slice(start, start + count)
+                known.near.add(tokens.query[prompt], tokens.key[prompt])
+            skip = max(0, getattr(retention, "sinks", 0) - before)
+            if retention.USES_QUERIES and count > skip:
+                known.queries = known.queries or QueryStatistics(layer.rope, layer.scale)
+                known.queries.add(tokens.query[start + skip : start + count], before + skip)
 
     # ---- pages to be read
 

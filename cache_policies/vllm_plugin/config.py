@@ -86,12 +86,12 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
         raise PolicyError(
             f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
         )
-    if retention is not None and (retention.USES_QUERIES or retention.rotates):
+    if retention is not None and (retention.UNROTATES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
-    if retention is not None and retention.USES_QUERIES and cap:
+    if retention is not None and retention.UNROTATES and cap:
         raise PolicyError(
-            f"{retention.name} expects exponentials of scores without bounds, and "
+            f"{retention.name} takes exponentials of scores without bounds, and "
             f"{model_config.model} has a logit soft cap of {cap}"
         )
 

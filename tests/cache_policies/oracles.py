@@ -124,6 +124,29 @@ def r_kv(
     return _best(score, _edges(n, 0, window), keep)
 
 
+def compactor(text: Text, n: int, keep: int, blend: float = 0.35, chunk: int = 256) -> torch.Tensor:
+    """Leverage by least squares: the diagonal of ``X X^+``; attention query by query."""
+    score = torch.zeros(KV_HEADS, n, dtype=torch.float64)
+    sketch = torch.randn(SIZE, 48, generator=torch.Generator().manual_seed(0)).double() / 48**0.5
+    for head in range(KV_HEADS):
+        keys = text.key[:n, head].double()
+        plain = torch.stack([_turn(t).double().T @ k for t, k in enumerate(keys)])
+        x = (plain - plain.mean(0)) @ sketch
+        inverse = torch.linalg.pinv(x)
+        leverage = torch.stack([x[t] @ inverse[:, t] for t in range(n)])
+        mass = torch.zeros(n, dtype=torch.float64)
+        for t in range(n):
+            own = slice(t // chunk * chunk, min(n, t // chunk * chunk + chunk))
+            for query in text.query[t, head * GROUP : (head + 1) * GROUP].double():
+                mass[own] += (keys[own] @ query * SCALE).softmax(0) / GROUP
+        mass *= text.value[:n, head].double().norm(dim=-1)
+        padded = torch.cat([mass.new_zeros(1), mass, mass.new_zeros(1)])
+        smooth = (padded[:-2] + padded[1:-1] + padded[2:]) / 3
+        parts = [(part - part.mean()) / part.std() for part in (leverage, smooth)]
+        score[head] = blend * parts[0] + parts[1]
+    return _best(score, _edges(n, 8, 4), keep)
+
+
 def lagkv(text: Text, n: int, keep: int, lag: int = 128, sinks: int = 4) -> torch.Tensor:
     always = torch.ones(n, dtype=torch.bool)
     score = torch.zeros(KV_HEADS, n)

@@ -30,7 +30,7 @@ from tests.cache_policies.worker import ROPE, SCALE, SIZE, Text, Worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PROMPT, DECODE = 640, [1] * 20
+PROMPT, DECODE = 700, [1] * 20  # no multiple of any chunk, nor is its double
 
 
 def _method(name: str, form: str = "") -> str:

@@ -42,6 +42,10 @@ ORACLES: dict[str, Oracle] = {
     "lagkv(budget=400)": partial(oracles.lagkv, keep=400),
     "r-kv(budget=150)": partial(oracles.r_kv, keep=150),
     "r-kv(budget=150,balance=0.9)": partial(oracles.r_kv, keep=150, balance=0.9),
+    "compactor(budget=150)": partial(oracles.compactor, keep=150),
+    "compactor(budget=150,blend=9,chunk=64)": partial(
+        oracles.compactor, keep=150, blend=9, chunk=64
+    ),
 }
 
 

@@ -17,7 +17,7 @@ METHODS = [
     "infllm(topk=1,local=128)", "tova(budget=150,interval=16)", "expected-attention(ratio=0.25)",
     "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)", "lagkv(budget=300)",
     "random(budget=100)", "knorm(budget=90,prefill=bounded)",
-    "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)",
+    "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)", "compactor(budget=150)",
     "snapkv(budget=600)+quest(topk=1)", "tova(budget=600,interval=8)+quest(topk=1)",
     "streaming-llm(window=600)+infllm(topk=1,local=128)",
     "sparse-prefill(topk=1,exact=128)", "snapkv(budget=200)+sparse-prefill(coverage=0.5,exact=0)",
