@@ -32,9 +32,11 @@ class Batch:
         store_row: ``[num_seqs]`` int32, row index of the first store page.
         block_table: ``[num_seqs, row]`` int32, ring pages first, on the device of the pages.
         slots: None: a head's bytes of the page at a row index are those of its own place in
-            that page. Else ``[num_seqs, num_kv_heads, row]`` int32 beside ``block_table``, for
-            heads that own unequal numbers of places: they are at row index
-            ``slot // num_kv_heads``, in the place of head ``slot % num_kv_heads``.
+            that page. Else ``[num_seqs, num_kv_heads, width]`` int32 beside ``block_table``, for
+            heads that own unequal numbers of places: row indices are then those of this map, and
+            a head's bytes are at row index ``slot // num_kv_heads`` of ``block_table``, in the
+            place of head ``slot % num_kv_heads``. A head may lack its first store pages: the map
+            names places of others there, which ``Reads`` leaves out and nobody writes.
         buffer: memory beside ``block_table`` for the counts' copies; see ``Buffers``.
 
     """
@@ -335,9 +337,10 @@ class Kernel(Protocol):
         Args:
             pages: as for ``attend``, written.
             batch: the requests' counts after the write.
-            index: ``[num_kv_heads, count]`` int32, where each token goes; below 0: nowhere. A
-                codec whose keys share scales over tokens takes 0, 1, 2, ... only, all tokens of
-                each request.
+            index: ``[num_kv_heads, count]`` int32, where each token goes; below 0: nowhere.
+                Pages to which no token of a head goes are not touched. A codec whose keys share
+                scales over tokens takes 0, 1, 2, ... only, all tokens of each request; of a
+                head's first store pages none.
             key: ``[num_kv_heads, count, head_size]`` float32; may be changed.
             value: same shape as ``key``.
             start: as for ``read``.
