@@ -149,8 +149,8 @@ class ReferenceKernel:
             real = row >= 0
             both[head, row[real]] = new[head, real]
             written[head, row[real & (row < stored)] // size] = True
-        parts = both.split(self.layout.head_size, -1)
-        self._write_store(pages, batch, seq, 0, *(x[:, :stored] for x in parts), written)
+        key, value = (x[:, :stored] for x in both.split(self.layout.head_size, -1))
+        self._write_store(pages, batch, seq, 0, key, value, written)
         self._write_ring(pages, batch, seq, both[:, stored:])
 
     @property

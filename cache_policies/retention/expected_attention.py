@@ -39,6 +39,7 @@ class ExpectedAttention(Budgeted):
     loses: ClassVar[str] = "what only an unusual query would need"
     NEEDS_EVERY_QUERY: ClassVar[bool] = True
     USES_QUERIES: ClassVar[bool] = True
+    COMPARABLE: ClassVar[bool] = True
 
     window: int = 1
     future: int = 512

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
+    from cache_policies.step.heads import Division
     from cache_policies.step.mass import MassBuffer
 
 
@@ -94,7 +95,8 @@ class LayerState:
 
     Attributes:
         position: ``[num_kv_heads, held]`` int32, positions in the text of the tokens held after
-            the last cut; None before the first one, when they are 0, 1, 2, ...
+            the last cut, below 0 where a head has none; None before the first one, when they are
+            0, 1, 2, ...
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
@@ -102,6 +104,7 @@ class LayerState:
         summary: of the pages between sinks and local window, for retrieval; None once tokens
             have moved.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
+        division: of the full pages among the heads; None: every head has as many.
 
     """
 
@@ -112,6 +115,7 @@ class LayerState:
     recent: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    division: Division | None = None
 
     def positions(self, heads: int, after: int, device: torch.device | None = None) -> torch.Tensor:
         """Positions of everything held or fresh once ``after`` tokens are computed."""

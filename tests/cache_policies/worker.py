@@ -114,7 +114,7 @@ class Worker:
         count = sequence.span.held(sequence.computed, keep)
         step = Step(self.plan, np.array([0, 0], dtype=np.int32),
                     np.array([0], dtype=np.int32), [None], sequence.row[None])  # fmt: skip
-        batch = step._of_layer(self.layer).batch
+        batch = step._of_layer(self.layer).slots.batch
         one = batch.one(0, held=count, stored=self.plan.stored(count),
                         store_row=sequence.span.store_row(sequence.computed))  # fmt: skip
         empty = torch.zeros(0, KV_HEADS, SIZE)
