@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 from math import ceil
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies.errors import PolicyError
-from cache_policies.kernels.contract import Kernel
 from cache_policies.kernels.cpu import CpuKernel
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.policy import parse_method
@@ -30,6 +30,9 @@ from tests.cache_policies.worker import (
     Text,
     Worker,
 )
+
+if TYPE_CHECKING:
+    from cache_policies.kernels.contract import Kernel
 
 PROMPT, ANSWER, KEEP = 1300, 300, 450
 GROUP = HEADS // KV_HEADS
