@@ -114,6 +114,12 @@ class Cut:
         """Tokens to choose from."""
         return self.held + self.fresh
 
+    @property
+    def _is_last(self) -> bool:
+        """Whether nothing is chosen again by what is known of the tokens."""
+        goes_on = self.retention.DECODE_CUTS or self.before + self.fresh < self.state.span.prompt
+        return not goes_on and self.state.method.retrieval is None
+
     def is_whole(self, layer: Layer) -> bool:
         """Whether all kept tokens are written anew, in their order; else only those that move.
 
@@ -155,9 +161,13 @@ class Cut:
     def remember(self, layer: Layer, kept: Kept) -> None:
         """Note what is held now."""
         known = self.state.layers[layer.index]
-        known.position, known.end = kept.position.int(), self.before + self.fresh
+        position = kept.position.int()
+        known.position = kept.division.packed(position) if kept.division else position
+        known.end = self.before + self.fresh
         known.summary = None  # other tokens are in the pages now
         known.division = kept.division
+        if self._is_last:
+            known.mass = None
         if known.mass is not None:
             known.mass.keep(kept.token)
 

@@ -56,6 +56,34 @@ class Division:
         place = end - most + torch.arange(most, device=self.pages.device)
         return place.clamp(min=0) + row * len(self.pages)
 
+    def packed(self, kept: torch.Tensor) -> torch.Tensor:
+        """What is known of kept tokens ``[num_kv_heads, places]``, without those a head lacks.
+
+        Returns:
+            ``[num_kv_heads, tokens a head keeps on average]``, in the order of the places in the
+            row; the reverse of ``unpacked``.
+
+        """
+        heads, size = kept.shape[0], self.budgets.page_tokens
+        full, tail = kept.split([self.budgets.most * size, self.budgets.tail], 1)
+        place = self.slots(0).masked_fill(self._lacks, heads * self.budgets.pages)  # a last one
+        rows = full.new_empty(heads * self.budgets.pages + 1, size)
+        rows[place.flatten()] = full.reshape(-1, size)
+        return torch.cat([rows[:-1].view(heads, -1), tail], 1)
+
+    def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+        """``[num_kv_heads, places]``; -1 for tokens that a head lacks."""
+        heads, size = packed.shape[0], self.budgets.page_tokens
+        full, tail = packed.split([self.budgets.pages * size, self.budgets.tail], 1)
+        rows = full.reshape(-1, size)[self.slots(0)]
+        rows = rows.masked_fill(self._lacks[..., None], -1)
+        return torch.cat([rows.view(heads, -1), tail], 1)
+
+    @property
+    def _lacks(self) -> torch.Tensor:
+        number = torch.arange(self.budgets.most, device=self.pages.device)
+        return number < (self.budgets.most - self.pages)[:, None]
+
     def reads(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The store pages that each head has, of ``pages`` in its slot map.
 

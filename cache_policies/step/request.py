@@ -95,8 +95,8 @@ class LayerState:
 
     Attributes:
         position: ``[num_kv_heads, held]`` int32, positions in the text of the tokens held after
-            the last cut, below 0 where a head has none; None before the first one, when they are
-            0, 1, 2, ...
+            the last cut, packed by ``division``; None before the first one, when they are 0, 1,
+            2, ...
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
@@ -118,9 +118,15 @@ class LayerState:
     division: Division | None = None
 
     def positions(self, heads: int, after: int, device: torch.device | None = None) -> torch.Tensor:
-        """Positions of everything held or fresh once ``after`` tokens are computed."""
+        """Positions of everything held or fresh once ``after`` tokens are computed.
+
+        Below 0 where a head has no token.
+        """
         new = torch.arange(self.end, after, dtype=torch.int32, device=device).expand(heads, -1)
-        return new if self.position is None else torch.cat([self.position, new], 1)
+        if self.position is None:
+            return new
+        held = self.division.unpacked(self.position) if self.division else self.position
+        return torch.cat([held, new], 1)
 
     def note_recent(self, query: torch.Tensor, count: int) -> None:
         """Remember the last ``count`` of the queries so far; ``query`` are the newest."""

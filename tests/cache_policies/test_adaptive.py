@@ -185,7 +185,10 @@ def test_the_pages_are_those_of_uniform_heads(method: str, caching: bool) -> Non
             held = _positions(worker, sequence)
             differ |= len({len(at) for at in held}) > 1
             count = sum(map(len, held))
-            rows[-1].append((int((sequence.row > 0).sum()), len(worker.free), count))
+            assert sequence.state is not None
+            known = sequence.state.layers[0].position
+            remembered = None if known is None else known.shape
+            rows[-1].append((int((sequence.row > 0).sum()), len(worker.free), count, remembered))
     assert differ
     assert rows[0] == rows[1]
 
