@@ -62,6 +62,10 @@ def methods(ratio: int, tokens: int) -> dict[str, str]:
     )  # fmt: skip
     return {
         **{name: f"{name}({share})" for name in ratios},
+        **{
+            f"{name}, adaptive": f"{name}({share},heads=adaptive)"
+            for name in ("h2o", "snapkv", "pyramidkv", "expected-attention")
+        },
         "snapkv, kernel 21": f"snapkv({share},kernel=21)",
         "streaming-llm, cache": f"streaming-llm({share},positions=cache)",
         "h2o, bounded": f"h2o({share},prefill=bounded)",

@@ -31,10 +31,11 @@ class Batch:
         appended: ``[num_seqs]`` int32, fresh tokens that ``append`` writes, the first ones.
         store_row: ``[num_seqs]`` int32, row index of the first store page.
         block_table: ``[num_seqs, row]`` int32, ring pages first, on the device of the pages.
-        slots: None: a head's bytes of the page at a row index are those of its own place in
-            that page. Else ``[num_seqs, num_kv_heads, row]`` int32 beside ``block_table``, for
-            heads that own unequal numbers of places: they are at row index
-            ``slot // num_kv_heads``, in the place of head ``slot % num_kv_heads``.
+        slots: None: a head's bytes of the page at a row index are in its own place of that page.
+            Else ``[num_seqs, num_kv_heads, width]`` int32 beside ``block_table``, for heads that
+            own unequal numbers of places: row indices are this map's, which says in the place of
+            which head (``slot % num_kv_heads``) of which page (``slot // num_kv_heads``). First
+            store pages that a head lacks may be anywhere: ``Reads`` leaves them out.
         buffer: memory beside ``block_table`` for the counts' copies; see ``Buffers``.
 
     """
@@ -109,12 +110,17 @@ class Batch:
         ring = self.stored + self.ring + self.appended - self.stored_after
         return replace(self, stored=self.stored_after, ring=ring, buffer=None)
 
+    def with_slots(self, slots: torch.Tensor) -> Batch:
+        """The same under a slot map; counts that are on the device are not copied again."""
+        batch = replace(self, slots=slots)
+        batch.__dict__["device_counts"] = self.device_counts
+        return batch
+
     def row(self, seq: int) -> Batch:
         """One of the requests alone."""
-        here, there = self.counts.row(seq), self.device_counts.row(seq)
         slots = None if self.slots is None else self.slots[seq : seq + 1]
-        batch = Batch(*here, self.block_table[seq : seq + 1], slots)
-        batch.__dict__["device_counts"] = there  # what is there need not be copied again
+        batch = Batch(*self.counts.row(seq), self.block_table[seq : seq + 1], slots)
+        batch.__dict__["device_counts"] = self.device_counts.row(seq)  # is there already
         return batch
 
     def one(
@@ -281,8 +287,7 @@ class Kernel(Protocol):
         Returns:
             mass ``[n, num_kv_heads, most store pages]`` float32, the mean share of attention of
             the sampled queries and the query heads of a KV head that each store page gets; and
-            ``[n, num_kv_heads]``, that of ring, fresh tokens and learned sinks. Together they
-            are 1.
+            ``[n, num_kv_heads]``, that of ring, fresh tokens and learned sinks: the rest of 1.
 
         """
 
@@ -335,9 +340,9 @@ class Kernel(Protocol):
         Args:
             pages: as for ``attend``, written.
             batch: the requests' counts after the write.
-            index: ``[num_kv_heads, count]`` int32, where each token goes; below 0: nowhere. A
-                codec whose keys share scales over tokens takes 0, 1, 2, ... only, all tokens of
-                each request.
+            index: ``[num_kv_heads, count]`` int32, where each token goes; below 0: nowhere. No
+                other page is touched. A codec whose keys share scales over tokens takes 0, 1, 2,
+                ... only, all tokens of each request, but none of first pages that a head lacks.
             key: ``[num_kv_heads, count, head_size]`` float32; may be changed.
             value: same shape as ``key``.
             start: as for ``read``.

@@ -197,7 +197,9 @@ class CpuKernel:
             counts = start.diff()
             _require(bool(((counts == held) | (counts == 0)).all()), "write all tokens")
             order = torch.arange(index.shape[1]) - start[:-1].repeat_interleave(counts)
-            _require(bool((index == order).all()), "write in order")
+            lacks = (index < 0) & (order < batch.stored.repeat_interleave(counts))
+            _require(bool(((index == order) | lacks).all()), "write in order")
+            _require(self._are_first_pages(lacks, order), "write whole pages")
         self._layer.write(
             index.data_ptr(), start.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(),
             self.num_threads,
@@ -216,6 +218,13 @@ class CpuKernel:
     def _groups_tokens(self) -> bool:
         codec = self.layout.codec
         return isinstance(codec, AffineCodec) and codec.keys_per_channel
+
+    def _are_first_pages(self, lacks: torch.Tensor, order: torch.Tensor) -> bool:
+        """Whether the tokens that a head lacks fill its first pages: none before, all of each."""
+        follows = order % self.layout.page_tokens > 0
+        breaks = lacks[:, 1:] & ~lacks[:, :-1] & (order[1:] > 0)
+        splits = (lacks[:, 1:] != lacks[:, :-1]) & follows[1:]
+        return not bool((breaks | splits).any())
 
     def _check_index(
         self, batch: Batch, index: torch.Tensor, start: torch.Tensor | None, held: torch.Tensor
@@ -267,12 +276,12 @@ class CpuKernel:
         _require(all(c.dtype == torch.int32 and c.is_contiguous() for c in counts), "counts: int32")
         self._layer.set_pages(pages.data_ptr(), pages.stride(0), pages.stride(1))
         if slots is not None:
-            wanted = (batch.num_seqs, self.shape.num_kv_heads, table.shape[1])
+            wanted = (batch.num_seqs, self.shape.num_kv_heads)
             _require(slots.dtype == torch.int32 and slots.is_contiguous(), "slots must be int32")
-            _require(slots.shape == wanted, f"slots: {tuple(slots.shape)} is not {wanted}")
+            _require(slots.shape[:2] == wanted, f"slots: {tuple(slots.shape)} is not {wanted}")
         self._layer.set_batch(
             batch.num_seqs, *(c.data_ptr() for c in counts), table.data_ptr(), table.stride(0),
-            0 if slots is None else slots.data_ptr(), table.shape[1],
+            *((0, 0) if slots is None else (slots.data_ptr(), slots.shape[2])),
         )  # fmt: skip
 
     def _rows(self, name: str, x: torch.Tensor, heads: int) -> tuple[int, int]:

@@ -141,14 +141,16 @@ class ReferenceKernel:
     def _replace(
         self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor, new: torch.Tensor
     ) -> None:
-        stored = int(batch.stored[seq])
+        stored, size = int(batch.stored[seq]), self.plan.page_tokens
         none = new.new_empty(0, new.shape[0], self.layout.head_size)
         both = torch.cat(self._held(pages, batch, seq, none, none), -1)
+        written = torch.zeros(both.shape[0], self.plan.store_pages(stored), dtype=torch.bool)
         for head, row in enumerate(index.long()):
             real = row >= 0
             both[head, row[real]] = new[head, real]
-        parts = both.split(self.layout.head_size, -1)
-        self._write_store(pages, batch, seq, 0, *(x[:, :stored] for x in parts))
+            written[head, row[real & (row < stored)] // size] = True
+        key, value = (x[:, :stored] for x in both.split(self.layout.head_size, -1))
+        self._write_store(pages, batch, seq, 0, key, value, written)
         self._write_ring(pages, batch, seq, both[:, stored:])
 
     @property
@@ -198,7 +200,9 @@ class ReferenceKernel:
         first: int,
         key: torch.Tensor,
         value: torch.Tensor,
+        written: torch.Tensor | None = None,
     ) -> None:
+        """Encode tokens from ``first`` on; ``written`` ``[num_kv_heads, pages]``: only there."""
         done, size = 0, self.plan.page_tokens
         while done < key.shape[1]:
             page, slot = divmod(first + done, size)
@@ -206,7 +210,8 @@ class ReferenceKernel:
             place = _place(batch, seq, int(batch.store_row[seq]) + page, pages.shape[1])
             runs = pages[place]
             self.layout.codec.write(self.layout.views(runs), slot, key[:, span], value[:, span])
-            pages[place] = runs
+            heads = slice(None) if written is None else written[:, page]
+            pages[place[0][heads], place[1][heads]] = runs[heads]
             done = span.stop
 
     def _write_ring(self, pages: torch.Tensor, batch: Batch, seq: int, rest: torch.Tensor) -> None:

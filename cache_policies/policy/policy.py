@@ -24,6 +24,7 @@ from cache_policies.pages.codecs import CODECS
 from cache_policies.parameters import parameters, read_arguments, shown
 from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
+from cache_policies.retention.base import UNIFORM
 from cache_policies.retrieval import PREFILL, RETRIEVAL
 
 if TYPE_CHECKING:
@@ -214,6 +215,11 @@ def _refuse_together(method: Method) -> None:
         raise PolicyError(
             f"{retention} and {retrieval} cannot be combined: each counts attention of its own "
             "queries; quest counts none"
+        )
+    if retention and retrieval and retention.adaptive:
+        raise PolicyError(
+            f"{retention} and {retrieval} cannot be combined: a page of every head is chosen by "
+            f"one number, and adaptive heads lack some; use heads={UNIFORM}"
         )
     if prefill and method.bounded:
         raise PolicyError(

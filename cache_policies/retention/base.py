@@ -21,9 +21,11 @@ from cache_policies.parameters import Value, parameters, shown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cache_policies.retention.adaptive import Budgets
     from cache_policies.retention.rope import Rope
 
 FULL, BOUNDED = "full", "bounded"
+UNIFORM, ADAPTIVE = "uniform", "adaptive"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Seen:
     """What a method may look at when tokens must go: one request in one layer.
 
     Attributes:
-        position: ``[num_kv_heads, n]`` int64, position in the text of every candidate.
+        position: ``[num_kv_heads, n]`` int64, position in the text of every candidate; below 0
+            where a head has none.
         mass: ``[num_kv_heads, n]`` float32, probability mass that each candidate got from the
             queries the method asked for, summed over them and over the query heads of the KV
             head; zeros for a method that asked for none.
@@ -120,6 +123,8 @@ class Retention(ABC):
         USES_QUERIES: ``Seen.queries`` is filled.
         UNROTATES: the method takes keys or queries back to before rotary embedding.
         ACCUMULATES: mass is summed over steps; False: over the asking step alone.
+        COMPARABLE: scores of different KV heads may be compared, being shares of attention, so
+            that ``heads=adaptive`` makes sense; see ``retention/adaptive.py``.
     """
 
     name: ClassVar[str]
@@ -131,10 +136,12 @@ class Retention(ABC):
     USES_QUERIES: ClassVar[bool] = False
     UNROTATES: ClassVar[bool] = False
     ACCUMULATES: ClassVar[bool] = True
+    COMPARABLE: ClassVar[bool] = False
 
     ratio: float = 0.0
     prefill: str = ""
     interval: int = 128
+    heads: str = UNIFORM
 
     @classmethod
     def build(cls, given: dict[str, Any]) -> Self:
@@ -154,12 +161,13 @@ class Retention(ABC):
     @classmethod
     def settable(cls) -> dict[str, Value]:
         """Parameters a user may set, with their defaults."""
-        hidden = set() if cls.DECODE_CUTS else {"interval"}
+        hidden = {"heads"} if cls.DECODE_CUTS else {"heads", "interval"}
+        shown_last = {"heads": UNIFORM} if cls.COMPARABLE else {}
         return {
             key: cls.PREFILL[0] if key == "prefill" else value
             for key, value in parameters(cls).items()
             if key not in hidden
-        }
+        } | shown_last
 
     @classmethod
     def size_names(cls) -> tuple[str, ...]:
@@ -173,6 +181,10 @@ class Retention(ABC):
             raise PolicyError(f"prefill={self.prefill} is not one of {', '.join(self.PREFILL)}")
         if not 1 <= self.interval <= 4096:
             raise PolicyError(f"interval={self.interval} is not between 1 and 4096")
+        if self.heads not in {UNIFORM, ADAPTIVE}:
+            raise PolicyError(f"heads={self.heads} is not one of {UNIFORM}, {ADAPTIVE}")
+        if self.adaptive and not self.COMPARABLE:
+            raise PolicyError(f"{self.name} has heads={UNIFORM} only")
         self.check()
 
     def check(self) -> None:  # noqa: B027  # not every method has a range
@@ -212,6 +224,11 @@ class Retention(ABC):
         """Whether the budget holds during prefill too."""
         return self.prefill == BOUNDED
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the heads of a layer compete for its budget."""
+        return self.heads == ADAPTIVE
+
     # ---- which
 
     def first_query(self, before: int, after: int, prompt: int, cuts: bool) -> int | None:
@@ -242,8 +259,11 @@ class Retention(ABC):
         """Mask ``[num_kv_heads, n]`` of the tokens that stay whatever their score."""
         return torch.zeros_like(seen.position, dtype=torch.bool)
 
-    def select(self, seen: Seen, keep: int) -> torch.Tensor:
-        """The ``keep`` tokens of every head that stay, ``[num_kv_heads, keep]`` int64 ascending."""
+    def select(self, seen: Seen, keep: int, budgets: Budgets | None = None) -> torch.Tensor:
+        """The ``keep`` tokens of every head that stay, ``[num_kv_heads, keep]`` int64 ascending.
+
+        With ``budgets``, heads keep unequal numbers of tokens; see ``Budgets.select``.
+        """
         stays = self.protected(seen)
         if not self.DECODE_CUTS:  # a resumed request may bring answer tokens in its prompt's chunk
             stays = stays | (seen.position >= seen.prompt)
@@ -253,6 +273,8 @@ class Retention(ABC):
         score = (
             self.score(seen).float().nan_to_num(least, most, least).masked_fill(stays, torch.inf)
         )
+        if budgets is not None:
+            return budgets.select(score.masked_fill(seen.position < 0, -torch.inf))
         return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
     @property

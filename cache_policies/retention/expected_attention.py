@@ -40,6 +40,7 @@ class ExpectedAttention(Budgeted):
     NEEDS_EVERY_QUERY: ClassVar[bool] = True
     USES_QUERIES: ClassVar[bool] = True
     UNROTATES: ClassVar[bool] = True
+    COMPARABLE: ClassVar[bool] = True
 
     window: int = 1
     future: int = 512

@@ -39,6 +39,7 @@ class H2O(Retention):
     PREFILL: ClassVar[tuple[str, ...]] = (FULL, BOUNDED)
     DECODE_CUTS: ClassVar[bool] = True
     NEEDS_EVERY_QUERY: ClassVar[bool] = True
+    COMPARABLE: ClassVar[bool] = True
 
     heavy: int = 512
     recent: int = 512

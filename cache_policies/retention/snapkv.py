@@ -39,6 +39,7 @@ class SnapKV(Budgeted):
     name: ClassVar[str] = "snapkv"
     keeps: ClassVar[str] = "what the end of the prompt attends to, and every answer token"
     loses: ClassVar[str] = "what only a later question would need"
+    COMPARABLE: ClassVar[bool] = True
 
     sinks: int = 0
     kernel: int = 5

@@ -10,11 +10,13 @@ import torch
 
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
+from cache_policies.step.heads import Division, Slots
 from cache_policies.step.mass import MassBuffer
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Kernel
     from cache_policies.pages.layout import PageLayout
+    from cache_policies.retention.adaptive import Budgets
     from cache_policies.retention.base import Retention
     from cache_policies.retention.rope import Rope
     from cache_policies.step.request import RequestState
@@ -86,6 +88,8 @@ class Cut:
         appended: fresh tokens that were appended.
         target: tokens held after the cut.
         moves: whether the kept tokens go to the end of the row.
+        budgets: of heads that hold unequal numbers of tokens after the cut; ``held`` and
+            ``target`` are then those that the longest head could hold.
 
     """
 
@@ -97,6 +101,7 @@ class Cut:
     appended: int
     target: int
     moves: bool
+    budgets: Budgets | None = None
 
     @property
     def retention(self) -> Retention:
@@ -109,13 +114,19 @@ class Cut:
         """Tokens to choose from."""
         return self.held + self.fresh
 
+    @property
+    def _is_last(self) -> bool:
+        """Whether nothing is chosen again by what is known of the tokens."""
+        goes_on = self.retention.DECODE_CUTS or self.before + self.fresh < self.state.span.prompt
+        return not goes_on and self.state.method.retrieval is None
+
     def is_whole(self, layer: Layer) -> bool:
         """Whether all kept tokens are written anew, in their order; else only those that move.
 
         Retrieval needs their order: a page of neighbours, and the newest in the last pages.
         """
         ordered = self.retention.rotates or self.state.method.retrieval is not None
-        return self.moves or layer.rewrites_all or ordered
+        return self.moves or layer.rewrites_all or ordered or self.budgets is not None
 
     def choose(self, layer: Layer, source: Batch, tokens: Tokens) -> Kept:
         """Which candidate comes to each place, and what must be written for it."""
@@ -123,6 +134,9 @@ class Cut:
         known = self.state.layers[layer.index]
         position = known.positions(layer.heads, end, layer.pages.device).long()
         assert position.shape[1] == self.candidates, "positions and plan disagree"
+        if self.budgets is not None:
+            seen = self._seen(layer, position, source, tokens)
+            return self._uneven(self.retention.select(seen, self.target, self.budgets), position)
         if self.target < self.candidates:
             kept = self.retention.select(self._seen(layer, position, source, tokens), self.target)
         else:
@@ -136,11 +150,24 @@ class Cut:
         index, number = _changes(kept, self.held, width)
         return Kept(kept, position.gather(1, kept), index, number)
 
+    def _uneven(self, kept: torch.Tensor, position: torch.Tensor) -> Kept:
+        assert self.budgets is not None
+        lacks = kept < 0
+        place = _places(self.target, kept).masked_fill(lacks, -1)
+        position = position.gather(1, kept.clamp(min=0)).masked_fill(lacks, -1)
+        division = Division.of(self.budgets, kept)
+        return Kept(kept, position, place.int(), kept.int(), division)
+
     def remember(self, layer: Layer, kept: Kept) -> None:
         """Note what is held now."""
         known = self.state.layers[layer.index]
-        known.position, known.end = kept.position.int(), self.before + self.fresh
+        position = kept.position.int()
+        known.position = kept.division.packed(position) if kept.division else position
+        known.end = self.before + self.fresh
         known.summary = None  # other tokens are in the pages now
+        known.division = kept.division
+        if self._is_last:
+            known.mass = None
         if known.mass is not None:
             known.mass.keep(kept.token)
 
@@ -183,10 +210,12 @@ class Kept:
     """What a cut leaves of one request.
 
     Attributes:
-        token: ``[num_kv_heads, target]`` int64, the candidate that comes to each place.
+        token: ``[num_kv_heads, target]`` int64, the candidate that comes to each place; below 0
+            where a head lacks one.
         position: same shape, their positions in the text.
         index: ``[num_kv_heads, width]`` int32, places that are written; below 0: none.
         number: same shape, the candidates that come there; below 0: none.
+        division: of the full pages among the heads; None: every head has as many.
 
     """
 
@@ -194,6 +223,7 @@ class Kept:
     position: torch.Tensor
     index: torch.Tensor
     number: torch.Tensor
+    division: Division | None = None
 
 
 @dataclass(frozen=True)
@@ -202,39 +232,44 @@ class Cuts:
 
     Attributes:
         cuts: at most one a request.
-        source: the batch when the step's tokens are appended: where the candidates are.
-        target: its counts after the cuts.
+        target: the batch's counts after the cuts, with the slot maps of those that are cut.
 
     """
 
     cuts: list[Cut]
-    source: Batch
-    target: Batch
+    target: Slots
     _starts: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
-    def run(self, layer: Layer, tokens: Tokens) -> None:
-        """Choose and rewrite in one layer."""
+    def run(self, layer: Layer, source: Batch, tokens: Tokens) -> None:
+        """Choose and rewrite in one layer.
+
+        Args:
+            layer: where.
+            source: the batch when the step's tokens are appended: where the candidates are.
+            tokens: of the step.
+
+        """
         if not self.cuts:
             return
-        kept = [cut.choose(layer, self.source, tokens) for cut in self.cuts]
+        kept = [cut.choose(layer, source, tokens) for cut in self.cuts]
         start = self._start(tuple(k.index.shape[1] for k in kept))
         number, index = _beside([k.number for k in kept]), _beside([k.index for k in kept])
-        key, value = layer.kernel.read(
-            layer.pages, self.source, tokens.key, tokens.value, number, start
-        )
+        key, value = layer.kernel.read(layer.pages, source, tokens.key, tokens.value, number, start)
         done = 0
         for cut, one in zip(self.cuts, kept, strict=True):
             if cut.retention.rotates:
                 cut.move_sinks(layer, key[:, done:])
             done += one.index.shape[1]
-        layer.kernel.write(layer.pages, self.target, index, key, value, start)
+        pairs = ((cut.seq, one.division) for cut, one in zip(self.cuts, kept, strict=True))
+        target = self.target.given({seq: division for seq, division in pairs if division})
+        layer.kernel.write(layer.pages, target, index, key, value, start)
         for cut, one in zip(self.cuts, kept, strict=True):
             cut.remember(layer, one)
 
     def _start(self, widths: tuple[int, ...]) -> torch.Tensor:
         """Where the tokens of every request of the batch begin; layers share it."""
         if widths not in self._starts:
-            count = np.zeros(self.source.num_seqs + 1, dtype=np.int32)
+            count = np.zeros(self.target.batch.num_seqs + 1, dtype=np.int32)
             count[[cut.seq + 1 for cut in self.cuts]] = widths
             self._starts[widths] = torch.from_numpy(count.cumsum(dtype=np.int32))
         return self._starts[widths]

@@ -86,8 +86,11 @@ class Room:
         return self.buffer.data[:, self.start : self.start + tokens]
 
     def keep(self, source: torch.Tensor) -> None:
-        """Let token i be what token ``source[head, i]`` was; what lies behind them is zero."""
-        kept = self.view(self.size).gather(1, source)
+        """Let token i be what token ``source[head, i]`` was; what lies behind them is zero.
+
+        So is what has a source below 0.
+        """
+        kept = self.view(self.size).gather(1, source.clamp(min=0)).masked_fill_(source < 0, 0.0)
         size = -(-source.shape[1] // STEP) * STEP
         if 2 * size <= self.size:
             self._leave(self.start + size)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cache_policies.policy import Method
     from cache_policies.retention.base import QueryStatistics
     from cache_policies.retention.near import NearAttention
+    from cache_policies.step.heads import Division
     from cache_policies.step.mass import MassBuffer
 
 
@@ -95,7 +96,8 @@ class LayerState:
 
     Attributes:
         position: ``[num_kv_heads, held]`` int32, positions in the text of the tokens held after
-            the last cut; None before the first one, when they are 0, 1, 2, ...
+            the last cut, packed by ``division``; None before the first one, when they are 0, 1,
+            2, ...
         end: tokens computed at the last cut.
         mass: where attention is counted per held token; None where none is.
         queries: statistics of the prompt's queries.
@@ -104,6 +106,7 @@ class LayerState:
         summary: of the pages between sinks and local window, for retrieval; None once tokens
             have moved.
         sinks: ``[num_kv_heads, n, head_size]`` keys of the sinks before they were moved on.
+        division: of the full pages among the heads; None: every head has as many.
 
     """
 
@@ -115,11 +118,18 @@ class LayerState:
     recent: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    division: Division | None = None
 
     def positions(self, heads: int, after: int, device: torch.device | None = None) -> torch.Tensor:
-        """Positions of everything held or fresh once ``after`` tokens are computed."""
+        """Positions of everything held or fresh once ``after`` tokens are computed.
+
+        Below 0 where a head has no token.
+        """
         new = torch.arange(self.end, after, dtype=torch.int32, device=device).expand(heads, -1)
-        return new if self.position is None else torch.cat([self.position, new], 1)
+        if self.position is None:
+            return new
+        held = self.division.unpacked(self.position) if self.division else self.position
+        return torch.cat([held, new], 1)
 
     def note_recent(self, query: torch.Tensor, count: int) -> None:
         """Remember the last ``count`` of the queries so far; ``query`` are the newest."""

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from cache_policies.kernels.contract import Batch, Mass
+from cache_policies.retention.adaptive import Budgets
 from cache_policies.retention.base import QueryStatistics
 from cache_policies.retention.near import NearAttention
 from cache_policies.step.cut import Cut, Cuts
+from cache_policies.step.heads import Slots
 from cache_policies.step.reads import Choice, reads_of, sparse_choice, unread_pages
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from cache_policies.retention import Retention
     from cache_policies.retrieval import Retrieval
     from cache_policies.step.cut import Layer, Tokens
+    from cache_policies.step.heads import Division
     from cache_policies.step.request import RequestState
 
 
@@ -36,14 +39,14 @@ class LayerStep:
     """A step in the layers in which every request keeps as much.
 
     Attributes:
-        batch: counts and block table.
+        slots: counts and block table, and slot maps of heads that own unequal numbers of pages.
         cuts: requests that drop tokens or move at the end of the step.
         counted: by request the first query, among the fresh ones, and the first token whose
             attention is counted.
 
     """
 
-    batch: Batch
+    slots: Slots
     cuts: Cuts
     counted: dict[int, tuple[int, int]]
     _masses: dict[tuple[int, ...], Mass] = field(default_factory=dict)
@@ -79,21 +82,22 @@ class Step:
     states: list[RequestState | None]
     block_table: torch.Tensor
     buffers: Buffers | None = None
-    _batches: dict[tuple[int, ...], LayerStep] = field(default_factory=dict)
+    _batches: dict[tuple[object, ...], LayerStep] = field(default_factory=dict)
 
     def run(self, layer: Layer, tokens: Tokens, output: torch.Tensor) -> None:
         """Attend, append and cut in one layer."""
         clock = layer.clock
         clock.start()
         of_layer = self._of_layer(layer)
-        batch, kernel, pages = of_layer.batch, layer.kernel, layer.pages
-        mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens)
+        divisions = self._divisions(layer)
+        batch, kernel, pages = of_layer.slots.given(divisions), layer.kernel, layer.pages
+        mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens, divisions)
         kernel.attend(pages, batch, *tokens, output, mass, reads)
         self._note_prompt(layer, tokens)
         clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
         clock.lap("append")
-        of_layer.cuts.run(layer, tokens)
+        of_layer.cuts.run(layer, batch.after_append(), tokens)
         clock.lap("cut")
 
     @cached_property
@@ -116,39 +120,56 @@ class Step:
             retention.kept(state.span.prompt, layer.index, layer.layers)
             for _, state, retention in self._evicting
         )
-        if keeps not in self._batches:
-            self._batches[keeps] = self._make(keeps)
-        return self._batches[keeps]
+        held = {seq: division.budgets for seq, division in self._divisions(layer).items()}
+        key = keeps, tuple(held.items()), layer.heads
+        if key not in self._batches:
+            self._batches[key] = self._make(keeps, held, layer.heads)
+        return self._batches[key]
 
-    def _make(self, keeps: tuple[int, ...]) -> LayerStep:
+    def _divisions(self, layer: Layer) -> dict[int, Division]:
+        """Requests whose heads own unequal numbers of pages of the layer."""
+        known = ((seq, state.layers[layer.index].division) for seq, state, _ in self._evicting)
+        return {seq: division for seq, division in known if division is not None}
+
+    def _make(self, keeps: tuple[int, ...], uneven: dict[int, Budgets], heads: int) -> LayerStep:
         batch = Batch.of(self.plan, self.query_start, self.computed, self.block_table, self.buffers)
-        counts, cuts = batch.host, []
-        for (seq, state, _), keep in zip(self._evicting, keeps, strict=True):
+        counts, cuts, places = batch.host, [], {}
+        for (seq, state, retention), keep in zip(self._evicting, keeps, strict=True):
             before, fresh = int(self.computed[seq]), self._fresh(seq)
-            span, after = state.span, before + fresh
-            held, appended = span.held(before, keep), fresh
+            span, after, budgets = state.span, before + fresh, uneven.get(seq)
+            mean, appended = span.held(before, keep), fresh
+            held = mean + budgets.lead if budgets else mean
             if span.is_cut(before, after, keep):
                 moves = span.moved(after) and not span.moved(before)
                 appended = span.first_cut - before if moves and not span.private else 0  # type: ignore[operator]
-                target = span.held(after, keep)
-                cuts.append(Cut(seq, state, before, fresh, held, appended, target, moves))
+                target, new = span.held(after, keep), None
+                if retention.adaptive and target < mean + fresh:
+                    new = Budgets.of(heads, target, held + fresh, self.plan.page_tokens)
+                    target += new.lead
+                cuts.append(Cut(seq, state, before, fresh, held, appended, target, moves, new))
             stored = self.plan.stored(held)
             counts.stored[seq], counts.ring[seq] = stored, held - stored
             counts.appended[seq] = appended
             counts.stored_after[seq] = self.plan.stored(held + appended) if appended else stored
-            counts.store_row[seq] = span.store_row(before)
-        source = batch.after_append()
-        cutting = Cuts(cuts, source, self._after(source, cuts))
-        return LayerStep(batch, cutting, self._counted(batch, cuts))
+            counts.store_row[seq] = self.plan.ring_pages if budgets else span.store_row(before)
+            if budgets:
+                places[seq] = budgets, span.store_row(before)
+        cutting = Cuts(cuts, self._after(batch.after_append(), cuts))
+        return LayerStep(Slots(batch, self.plan, places), cutting, self._counted(batch, cuts))
 
-    def _after(self, source: Batch, cuts: list[Cut]) -> Batch:
+    def _after(self, source: Batch, cuts: list[Cut]) -> Slots:
         """The counts when the cuts are done."""
+        places = {}
         stored, ring, row = source.stored.clone(), source.ring.clone(), source.store_row.clone()
         for cut in cuts:
             held = self.plan.stored(cut.target)
             stored.numpy()[cut.seq], ring.numpy()[cut.seq] = held, cut.target - held
-            row.numpy()[cut.seq] = cut.state.span.store_row(cut.before + cut.fresh)
-        return replace(source, stored=stored, ring=ring, stored_after=stored, store_row=row)
+            first = cut.state.span.store_row(cut.before + cut.fresh)
+            row.numpy()[cut.seq] = self.plan.ring_pages if cut.budgets else first
+            if cut.budgets:
+                places[cut.seq] = cut.budgets, first
+        after = replace(source, stored=stored, ring=ring, stored_after=stored, store_row=row)
+        return Slots(after, self.plan, places)
 
     def _fresh(self, seq: int) -> int:
         return int(self.query_start[seq + 1] - self.query_start[seq])
@@ -179,7 +200,7 @@ class Step:
             return None
         place = [-1] * len(self.states)
         for seq in of_layer.counted:
-            place[seq] = self._place(layer, of_layer.batch, seq)
+            place[seq] = self._place(layer, of_layer.slots.batch, seq)
         return of_layer.mass(tuple(place), layer.mass.data)
 
     def _place(self, layer: Layer, batch: Batch, seq: int) -> int:
@@ -213,8 +234,13 @@ class Step:
 
     # ---- pages to be read
 
-    def _reads(self, layer: Layer, batch: Batch, tokens: Tokens) -> Reads | None:
+    def _reads(
+        self, layer: Layer, batch: Batch, tokens: Tokens, divisions: dict[int, Division]
+    ) -> Reads | None:
         chosen = self._sparse(layer, batch, tokens)
+        for seq, division in divisions.items():
+            stored = int(batch.host.stored[seq])
+            chosen.append(Choice(seq, None, *division.reads(self.plan.store_pages(stored))))
         for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:

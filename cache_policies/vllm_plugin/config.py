@@ -86,6 +86,11 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
         raise PolicyError(
             f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
         )
+    if retention and retention.adaptive and asked and kernel_class(asked.kernel).name == "triton":
+        raise PolicyError(
+            f"{retention}: the triton kernel does not know heads that own unequal numbers of "
+            "pages; use heads=uniform"
+        )
     if retention is not None and (retention.UNROTATES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)

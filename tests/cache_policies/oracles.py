@@ -7,12 +7,14 @@ and returns a mask ``[kv heads, n]`` of the tokens kept after the prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from tests.cache_policies.worker import HEADS, KV_HEADS, SCALE, SIZE, THETA, Text
 
 GROUP = HEADS // KV_HEADS
+Choose = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def attention(text: Text, n: int) -> torch.Tensor:
@@ -33,16 +35,40 @@ def _best(score: torch.Tensor, always: torch.Tensor, keep: int) -> torch.Tensor:
     return kept
 
 
+def adaptive(score: torch.Tensor, always: torch.Tensor, keep: int, page: int = 128) -> torch.Tensor:
+    """Ada-KV (arXiv 2407.11550) a page at a time, each to the head in which it is worth most.
+
+    Every head begins with what fills no page of a uniform head, a page, a fifth of the uniform
+    budget, and ``always``.
+    """
+    order = [
+        sorted(range(score.shape[1]), key=lambda t: (bool(always[t]), float(row[t])), reverse=True)
+        for row in score
+    ]
+    tail, least = keep % page, max(0.2 * keep, int(always.sum()), keep % page + page)
+    held = [tail + page * math.ceil((least - tail) / page) for _ in order]
+    while sum(held) < keep * len(order):
+        worth = [float(row[o[n : n + page]].sum()) if n + page <= len(o) else -1.0
+                 for row, o, n in zip(score, order, held, strict=True)]  # fmt: skip
+        held[max(range(len(held)), key=worth.__getitem__)] += page
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    for head, count in enumerate(held):
+        kept[head, order[head][:count]] = True
+    return kept
+
+
 def _edges(n: int, sinks: int, window: int) -> torch.Tensor:
     return torch.tensor([t < sinks or t >= n - window for t in range(n)])
 
 
-def snapkv(text: Text, n: int, keep: int, window: int = 32, kernel: int = 5) -> torch.Tensor:
+def snapkv(
+    text: Text, n: int, keep: int, window: int = 32, kernel: int = 5, choose: Choose = _best
+) -> torch.Tensor:
     mean = attention(text, n)[:, :, -window:].mean(2)[..., : n - window]
     padded = torch.nn.functional.pad(mean, (kernel // 2, kernel // 2))
     pooled = padded.unfold(-1, kernel, 1).mean(-1).mean(1)
     score = torch.cat([pooled, torch.zeros(KV_HEADS, window)], 1)
-    return _best(score, _edges(n, 0, window), keep)
+    return choose(score, _edges(n, 0, window), keep)
 
 
 def tova(text: Text, n: int, keep: int) -> torch.Tensor:
@@ -50,8 +76,8 @@ def tova(text: Text, n: int, keep: int) -> torch.Tensor:
     return _best(score.expand(KV_HEADS, -1), _edges(n, 0, 1), keep)
 
 
-def h2o(text: Text, n: int, heavy: int, recent: int) -> torch.Tensor:
-    return _best(attention(text, n).sum((1, 2)), _edges(n, 0, recent), heavy + recent)
+def h2o(text: Text, n: int, heavy: int, recent: int, choose: Choose = _best) -> torch.Tensor:
+    return choose(attention(text, n).sum((1, 2)), _edges(n, 0, recent), heavy + recent)
 
 
 def keydiff(text: Text, n: int, keep: int) -> torch.Tensor:
@@ -81,7 +107,9 @@ def _turn(position: float) -> torch.Tensor:
     return turn
 
 
-def expected_attention(text: Text, n: int, keep: int, future: int = 512) -> torch.Tensor:
+def expected_attention(
+    text: Text, n: int, keep: int, future: int = 512, choose: Choose = _best
+) -> torch.Tensor:
     """From the definition: 4 sinks are no part of it, neither their queries nor their keys."""
     sinks = 4
     mean_turn = torch.stack([_turn(n + ahead) for ahead in range(future)]).mean(0)
@@ -97,7 +125,7 @@ def expected_attention(text: Text, n: int, keep: int, future: int = 512) -> torc
             exponent = [k @ mu / math.sqrt(SIZE) + k @ sigma @ k / (2 * SIZE) for k in keys]
             expected += torch.stack(exponent).softmax(0) / GROUP
         score[kv_head, sinks:] = expected * text.value[sinks:n, kv_head].double().norm(dim=-1)
-    return _best(score, _edges(n, sinks, 1), keep)
+    return choose(score, _edges(n, sinks, 1), keep)
 
 
 def r_kv(

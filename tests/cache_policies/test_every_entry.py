@@ -29,7 +29,11 @@ READING = {
     **{name: f"{name}(topk=1,init=128,exact=0)" for name in PREFILL},
 }
 STAGES = [f"{name}(ratio=0.7)+quest(topk=1,init=128,local=128)" for name in retention_methods()]
-METHODS = [*RETENTION.values(), *READING.values(), *STAGES]
+UNEVEN = [
+    f"{name}(ratio=0.5,heads=adaptive)" for name, cls in retention_methods().items()
+    if cls.COMPARABLE
+]  # fmt: skip
+METHODS = [*RETENTION.values(), *READING.values(), *STAGES, *UNEVEN]
 
 
 def _head_sizes(name: str) -> list[int]:

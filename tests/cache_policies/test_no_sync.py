@@ -47,6 +47,9 @@ METHODS = [
         for form in cls.PREFILL
     ),
     "streaming-llm(ratio=0.25,interval=16,positions=cache)",
+    "snapkv(ratio=0.5,heads=adaptive)",
+    "expected-attention(ratio=0.5,heads=adaptive)",
+    *(f"h2o(ratio=0.5,interval=16,heads=adaptive,prefill={form})" for form in ("full", "bounded")),
     "tova(ratio=0.8,interval=16)+quest(topk=1,init=128,local=128)",
     "knorm(ratio=0.8,interval=16)+infllm(topk=1,init=128,local=128,prefill=bounded)",
     *(f"{name}(exact=0)" for name in PREFILL),

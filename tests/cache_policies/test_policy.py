@@ -70,6 +70,9 @@ def test_printed_policy_parses_to_an_equal_one(
         ("snapkv(prefill=bounded)", "prefill=bounded is not one of full"),
         ("snapkv(interval=9)", "snapkv has no parameter 'interval'"),
         ("tova(interval=0)", "interval=0 is not between"),
+        ("snapkv(heads=ragged)", "heads=ragged is not one of uniform, adaptive"),
+        ("knorm(heads=adaptive)", "knorm has no parameter 'heads'"),
+        ("snapkv(heads=adaptive)+quest", "snapkv(heads=adaptive) and quest cannot be combined"),
         ("snapkv(kernel=4)", "kernel=4 is not odd"),
         ("snapkv(pooling=sum)", "not one of avg, max"),
         ("infllm(topk=0)", "topk=0 is below 1"),
@@ -117,6 +120,7 @@ def test_every_method_combines_with_every_codec(name: str, codec: str) -> None:
     [
         "h2o(ratio=0.25,prefill=bounded)", "streaming-llm(sinks=8,window=100,positions=cache)",
         "infllm(topk=4,local=256)", "tova(interval=1,budget=77)", "pyramidkv(beta=4)",
+        "snapkv(budget=512,heads=adaptive)",
     ],
 )  # fmt: skip
 def test_a_method_prints_what_differs_from_its_defaults(text: str) -> None:

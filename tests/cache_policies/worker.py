@@ -12,6 +12,7 @@ from cache_policies.policy import parse, parse_method
 from cache_policies.policy.layouts import layouts
 from cache_policies.retention.rope import Rope
 from cache_policies.step.cut import Layer, Tokens
+from cache_policies.step.heads import Slots
 from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.step.step import Step
 
@@ -101,22 +102,28 @@ class Worker:
         return [self.step([(sequence, chunk)])[0] for chunk in chunks]
 
     def positions(self, sequence: Sequence) -> torch.Tensor:
-        """Positions of the tokens held, ``[num_kv_heads, held]``."""
+        """Positions of the tokens held, ``[num_kv_heads, held]``; -1 where a head lacks one."""
         assert sequence.state is not None
         known = sequence.state.layers[self.layer.index]
         return known.positions(KV_HEADS, sequence.computed)
 
     def held(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values read back from the pages."""
+        """Keys and values read back from the pages, in the order of ``positions``."""
         keep = None
         if sequence.state is not None and (retention := sequence.state.method.retention):
             keep = retention.kept(sequence.span.prompt, self.layer.index, self.layer.layers)
         count = sequence.span.held(sequence.computed, keep)
+        row, division = sequence.span.store_row(sequence.computed), None
+        if sequence.state is not None:
+            division = sequence.state.layers[self.layer.index].division
         step = Step(self.plan, np.array([0, 0], dtype=np.int32),
                     np.array([0], dtype=np.int32), [None], sequence.row[None])  # fmt: skip
-        batch = step._of_layer(self.layer).batch
+        batch = step._of_layer(self.layer).slots.batch
+        count += division.budgets.lead if division else 0
         one = batch.one(0, held=count, stored=self.plan.stored(count),
-                        store_row=sequence.span.store_row(sequence.computed))  # fmt: skip
+                        store_row=self.plan.ring_pages if division else row)  # fmt: skip
+        if division:
+            one = Slots(one, self.plan, {0: (division.budgets, row)}).given({0: division})
         empty = torch.zeros(0, KV_HEADS, SIZE)
         return self.layer.kernel.read(self.layer.pages, one, empty, empty)
 

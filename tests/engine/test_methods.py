@@ -21,6 +21,8 @@ METHODS = [
     "snapkv(budget=600)+quest(topk=1)", "tova(budget=600,interval=8)+quest(topk=1)",
     "streaming-llm(window=600)+infllm(topk=1,local=128)",
     "sparse-prefill(topk=1,exact=128)", "snapkv(budget=200)+sparse-prefill(coverage=0.5,exact=0)",
+    "snapkv(budget=400,heads=adaptive)", "h2o(ratio=0.5,interval=8,heads=adaptive)",
+    "h2o(heavy=200,recent=100,prefill=bounded,heads=adaptive)",
 ]  # fmt: skip
 PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(METHODS))]
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
@@ -65,7 +67,7 @@ def test_preemption_keeps_the_policy(program: Program, tiny: str) -> None:
     as a part of the prompt, which is then attended to in full.
     """
     methods = ["snapkv(budget=100)", "lagkv(budget=270)", "pyramidkv(budget=90)", "tova(budget=90)"]
-    methods *= 2
+    methods = [*methods, *methods[:3], "snapkv(budget=300,heads=adaptive)"]
     arguments = {"model": tiny, "policy": "raw", "methods": methods, "max_tokens": 400,
                  "prompts": PROMPTS[: len(methods)], "max_model_len": 1280}  # fmt: skip
     roomy = program("mixed", **arguments)

@@ -32,7 +32,7 @@ struct Batch {
   const int32_t* block_table;   // [num_seqs, row_stride]
   int64_t row_stride;
   const int32_t* slots;         // [num_seqs, num_kv_heads, slot_row], or null; see Call::run
-  int64_t slot_row;
+  int64_t slot_row;             // row indices of the slot map
 };
 
 // Probability mass to be added up per KV head and token; null first_query: none.

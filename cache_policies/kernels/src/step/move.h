@@ -126,14 +126,18 @@ static void read_tokens(const Call& c, const Moved& m) {
   }
 }
 
-// Keys quantized per channel are written in whole groups: the index is then 0, 1, 2, ...
+// Keys quantized per channel are written in whole groups: the index is then 0, 1, 2, ..., or
+// none for whole pages at its beginning.
 static void write_head(Call& c, int seq, int head, const int32_t* index, int count, float* key, float* value) {
   const int d = c.layout.head_size, stored = c.batch.stored[seq];
   int i = 0;
   if (c.layout.kind == Kind::affine && c.layout.keys_per_channel) {
+    int first = 0;
     i = min_int(count, stored);
-    for (int t = 0; t < i; t++) enter_key(c, head, key + int64_t(t) * d);
-    write_store(c, seq, head, 0, i, key, value);
+    while (first < i && index[first] < 0) first += c.layout.page_tokens;
+    first = min_int(first, i);
+    for (int t = first; t < i; t++) enter_key(c, head, key + int64_t(t) * d);
+    write_store(c, seq, head, first, i - first, key + int64_t(first) * d, value + int64_t(first) * d);
   }
   for (int n; i < count; i += n) {
     float *k = key + int64_t(i) * d, *v = value + int64_t(i) * d;
