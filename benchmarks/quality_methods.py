@@ -66,6 +66,10 @@ def methods(ratio: int, tokens: int) -> dict[str, str]:
             f"{name}, adaptive": f"{name}({share},heads=adaptive)"
             for name in ("h2o", "snapkv", "pyramidkv", "expected-attention")
         },
+        **{
+            f"{name}, merged": f"{name}({share},merge=values)"
+            for name in ("snapkv", "h2o", "knorm", "random")
+        },
         "snapkv, kernel 21": f"snapkv({share},kernel=21)",
         "streaming-llm, cache": f"streaming-llm({share},positions=cache)",
         "h2o, bounded": f"h2o({share},prefill=bounded)",

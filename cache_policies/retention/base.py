@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FULL, BOUNDED = "full", "bounded"
 UNIFORM, ADAPTIVE = "uniform", "adaptive"
+NOTHING, VALUES = "nothing", "values"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Retention(ABC):
     prefill: str = ""
     interval: int = 128
     heads: str = UNIFORM
+    merge: str = NOTHING
 
     @classmethod
     def build(cls, given: dict[str, Any]) -> Self:
@@ -161,8 +163,8 @@ class Retention(ABC):
     @classmethod
     def settable(cls) -> dict[str, Value]:
         """Parameters a user may set, with their defaults."""
-        hidden = {"heads"} if cls.DECODE_CUTS else {"heads", "interval"}
-        shown_last = {"heads": UNIFORM} if cls.COMPARABLE else {}
+        shown_last = {"merge": NOTHING} | ({"heads": UNIFORM} if cls.COMPARABLE else {})
+        hidden = {"heads", "merge"} | (set() if cls.DECODE_CUTS else {"interval"})
         return {
             key: cls.PREFILL[0] if key == "prefill" else value
             for key, value in parameters(cls).items()
@@ -183,6 +185,8 @@ class Retention(ABC):
             raise PolicyError(f"interval={self.interval} is not between 1 and 4096")
         if self.heads not in {UNIFORM, ADAPTIVE}:
             raise PolicyError(f"heads={self.heads} is not one of {UNIFORM}, {ADAPTIVE}")
+        if self.merge not in {NOTHING, VALUES}:
+            raise PolicyError(f"merge={self.merge} is not one of {NOTHING}, {VALUES}")
         if self.adaptive and not self.COMPARABLE:
             raise PolicyError(f"{self.name} has heads={UNIFORM} only")
         self.check()
@@ -223,6 +227,11 @@ class Retention(ABC):
     def bounded(self) -> bool:
         """Whether the budget holds during prefill too."""
         return self.prefill == BOUNDED
+
+    @property
+    def merges(self) -> bool:
+        """Whether dropped tokens' values are added to kept ones."""
+        return self.merge == VALUES
 
     @property
     def adaptive(self) -> bool:

@@ -12,6 +12,7 @@ from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
 from cache_policies.step.heads import Division, Slots
 from cache_policies.step.mass import MassBuffer
+from cache_policies.step.merge import merge_values
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Kernel
@@ -126,7 +127,8 @@ class Cut:
         Retrieval needs their order: a page of neighbours, and the newest in the last pages.
         """
         ordered = self.retention.rotates or self.state.method.retrieval is not None
-        return self.moves or layer.rewrites_all or ordered or self.budgets is not None
+        changed = self.budgets is not None or self.retention.merges
+        return self.moves or layer.rewrites_all or ordered or changed
 
     def choose(self, layer: Layer, source: Batch, tokens: Tokens) -> Kept:
         """Which candidate comes to each place, and what must be written for it."""
@@ -170,6 +172,15 @@ class Cut:
             known.mass = None
         if known.mass is not None:
             known.mass.keep(kept.token)
+
+    def merge(self, layer: Layer, source: Batch, tokens: Tokens, kept: Kept) -> torch.Tensor | None:
+        """Values of the kept tokens, ``[num_kv_heads, target, head_size]``; None: as they are."""
+        if not self.retention.merges or kept.token.shape[1] == self.candidates:
+            return None
+        known, end = self.state.layers[layer.index], self.before + self.fresh
+        there = known.positions(layer.heads, end, layer.pages.device) >= 0
+        both = layer.kernel.read(layer.pages, source.row(self.seq), tokens.key, tokens.value)
+        return merge_values(*both, there, kept.token)
 
     def move_sinks(self, layer: Layer, key: torch.Tensor) -> None:
         """Rotate the sinks on by all tokens dropped so far, from their first state, in place."""
@@ -259,7 +270,11 @@ class Cuts:
         for cut, one in zip(self.cuts, kept, strict=True):
             if cut.retention.rotates:
                 cut.move_sinks(layer, key[:, done:])
-            done += one.index.shape[1]
+            end = done + one.index.shape[1]
+            merged = cut.merge(layer, source, tokens, one)
+            if merged is not None:
+                value[:, done:end] = merged
+            done = end
         pairs = ((cut.seq, one.division) for cut, one in zip(self.cuts, kept, strict=True))
         target = self.target.given({seq: division for seq, division in pairs if division})
         layer.kernel.write(layer.pages, target, index, key, value, start)

@@ -41,6 +41,7 @@ def _method(name: str, form: str = "") -> str:
 
 METHODS = [
     *(_method(name, form) for name, cls in retention_methods().items() for form in cls.PREFILL),
+    "knorm(ratio=0.25,merge=values)",
     *(
         f"{name}(topk=1,init=128,local=128,prefill={form})"
         for name, cls in RETRIEVAL.items()

@@ -71,6 +71,7 @@ def test_printed_policy_parses_to_an_equal_one(
         ("snapkv(interval=9)", "snapkv has no parameter 'interval'"),
         ("tova(interval=0)", "interval=0 is not between"),
         ("snapkv(heads=ragged)", "heads=ragged is not one of uniform, adaptive"),
+        ("knorm(merge=keys)", "merge=keys is not one of nothing, values"),
         ("knorm(heads=adaptive)", "knorm has no parameter 'heads'"),
         ("snapkv(heads=adaptive)+quest", "snapkv(heads=adaptive) and quest cannot be combined"),
         ("snapkv(kernel=4)", "kernel=4 is not odd"),

@@ -15,8 +15,8 @@ RNG = random.Random(11)
 METHODS = [
     "snapkv(budget=200)", None, "h2o(heavy=100,recent=60)", "streaming-llm(sinks=4,window=124)",
     "infllm(topk=1,local=128)", "tova(budget=150,interval=16)", "expected-attention(ratio=0.25)",
-    "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)", "lagkv(budget=300)",
-    "random(budget=100)", "knorm(budget=90,prefill=bounded)",
+    "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)",
+    "lagkv(budget=300,merge=values)", "random(budget=100)", "knorm(budget=90,prefill=bounded)",
     "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)", "compactor(budget=150)",
     "snapkv(budget=600)+quest(topk=1)", "tova(budget=600,interval=8)+quest(topk=1)",
     "streaming-llm(window=600)+infllm(topk=1,local=128)",
