@@ -153,10 +153,11 @@ class Step:
             counts.store_row[seq] = self.plan.ring_pages if budgets else span.store_row(before)
             if budgets:
                 places[seq] = budgets, span.store_row(before)
-        cutting = Cuts(cuts, self._after(batch.after_append(), cuts))
-        return LayerStep(Slots(batch, self.plan, places), cutting, self._counted(batch, cuts))
+        cutting = Cuts(cuts, self._after(batch.after_append(), cuts, heads))
+        slots = Slots(batch, self.plan, heads, places)
+        return LayerStep(slots, cutting, self._counted(batch, cuts))
 
-    def _after(self, source: Batch, cuts: list[Cut]) -> Slots:
+    def _after(self, source: Batch, cuts: list[Cut], heads: int) -> Slots:
         """The counts when the cuts are done."""
         places = {}
         stored, ring, row = source.stored.clone(), source.ring.clone(), source.store_row.clone()
@@ -168,7 +169,7 @@ class Step:
             if cut.budgets:
                 places[cut.seq] = cut.budgets, first
         after = replace(source, stored=stored, ring=ring, stored_after=stored, store_row=row)
-        return Slots(after, self.plan, places)
+        return Slots(after, self.plan, heads, places)
 
     def _fresh(self, seq: int) -> int:
         return int(self.query_start[seq + 1] - self.query_start[seq])
