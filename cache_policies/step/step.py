@@ -96,7 +96,7 @@ class Step:
         clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
         clock.lap("append")
-        of_layer.cuts.run(layer, batch.after_append(), tokens)
+        of_layer.cuts.run(layer, tokens, divisions)
         clock.lap("cut")
 
     @cached_property
@@ -153,8 +153,8 @@ class Step:
             counts.store_row[seq] = self.plan.ring_pages if budgets else span.store_row(before)
             if budgets:
                 places[seq] = budgets, span.store_row(before)
-        cutting = Cuts(cuts, self._after(batch.after_append(), cuts, heads))
-        slots = Slots(batch, self.plan, heads, places)
+        slots, source = (Slots(x, self.plan, heads, places) for x in (batch, batch.after_append()))
+        cutting = Cuts(cuts, source, self._after(source.batch, cuts, heads))
         return LayerStep(slots, cutting, self._counted(batch, cuts))
 
     def _after(self, source: Batch, cuts: list[Cut], heads: int) -> Slots:
