@@ -243,25 +243,21 @@ class Cuts:
 
     Attributes:
         cuts: at most one a request.
-        target: the batch's counts after the cuts, with the slot maps of those that are cut.
+        source: the batch when the step's tokens are appended: where the candidates are.
+        target: its counts after the cuts, with the slot maps of those that are cut.
 
     """
 
     cuts: list[Cut]
+    source: Slots
     target: Slots
     _starts: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
-    def run(self, layer: Layer, source: Batch, tokens: Tokens) -> None:
-        """Choose and rewrite in one layer.
-
-        Args:
-            layer: where.
-            source: the batch when the step's tokens are appended: where the candidates are.
-            tokens: of the step.
-
-        """
+    def run(self, layer: Layer, tokens: Tokens, divisions: dict[int, Division]) -> None:
+        """Choose and rewrite in one layer, whose uneven requests are divided so."""
         if not self.cuts:
             return
+        source = self.source.given(divisions)
         kept = [cut.choose(layer, source, tokens) for cut in self.cuts]
         start = self._start(tuple(k.index.shape[1] for k in kept))
         number, index = _beside([k.number for k in kept]), _beside([k.index for k in kept])

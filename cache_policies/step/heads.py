@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cache_policies.retention.adaptive import Budgets
 
 
-@dataclass(frozen=True)
+@dataclass
 class Division:
     """How the full pages of a request are divided among the heads of a layer.
 
@@ -39,6 +39,7 @@ class Division:
 
     budgets: Budgets
     pages: torch.Tensor
+    _reads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, budgets: Budgets, kept: torch.Tensor) -> Division:
@@ -46,15 +47,16 @@ class Division:
         count = (kept >= 0).sum(1) - budgets.tail
         return cls(budgets, count // budgets.page_tokens)
 
-    def slots(self, row: int) -> torch.Tensor:
-        """``[num_kv_heads, most]``: places of the full pages, the first of them at ``row``.
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """``[num_kv_heads, most]`` int32: whose place each full page is, counted from the first.
 
         Where a head lacks a page this is the place of another head's, or of its own.
         """
         most = self.budgets.most
         end = self.pages.cumsum(0)[:, None]
         place = end - most + torch.arange(most, device=self.pages.device)
-        return place.clamp(min=0) + row * len(self.pages)
+        return place.clamp(min=0).int()
 
     def packed(self, kept: torch.Tensor) -> torch.Tensor:
         """What is known of kept tokens ``[num_kv_heads, places]``, without those a head lacks.
@@ -66,16 +68,16 @@ class Division:
         """
         heads, size = kept.shape[0], self.budgets.page_tokens
         full, tail = kept.split([self.budgets.most * size, self.budgets.tail], 1)
-        place = self.slots(0).masked_fill(self._lacks, heads * self.budgets.pages)  # a last one
+        place = self.places.masked_fill(self._lacks, heads * self.budgets.pages)  # a last one
         rows = full.new_empty(heads * self.budgets.pages + 1, size)
-        rows[place.flatten()] = full.reshape(-1, size)
+        rows[place.flatten().long()] = full.reshape(-1, size)
         return torch.cat([rows[:-1].view(heads, -1), tail], 1)
 
     def unpacked(self, packed: torch.Tensor) -> torch.Tensor:
         """``[num_kv_heads, places]``; -1 for tokens that a head lacks."""
         heads, size = packed.shape[0], self.budgets.page_tokens
         full, tail = packed.split([self.budgets.pages * size, self.budgets.tail], 1)
-        rows = full.reshape(-1, size)[self.slots(0)]
+        rows = full.reshape(-1, size)[self.places.long()]
         rows = rows.masked_fill(self._lacks[..., None], -1)
         return torch.cat([rows.view(heads, -1), tail], 1)
 
@@ -92,9 +94,11 @@ class Division:
             both int32.
 
         """
-        first = (self.budgets.most - self.pages)[None, :, None].int()
-        each = first + torch.arange(pages, dtype=torch.int32, device=first.device)
-        return each, pages - first[..., 0]
+        if pages not in self._reads:  # until the tail takes another page
+            first = (self.budgets.most - self.pages)[None, :, None].int()
+            each = first + torch.arange(pages, dtype=torch.int32, device=first.device)
+            self._reads = {pages: (each, pages - first[..., 0])}
+        return self._reads[pages]
 
 
 @dataclass(frozen=True)
@@ -104,25 +108,31 @@ class Slots:
     Attributes:
         batch: whose counts hold, for uneven requests, what their longest head could hold.
         plan: the codec's arithmetic.
+        heads: KV heads.
         uneven: by request its budgets, and the index in the block table of its first full page.
 
     """
 
     batch: Batch
     plan: Plan
+    heads: int
     uneven: dict[int, tuple[Budgets, int]] = field(default_factory=dict)
 
     def given(self, divisions: dict[int, Division]) -> Batch:
         """The batch of a layer in which the uneven requests are divided so."""
         if not self.uneven:
             return self.batch
-        heads = len(next(iter(divisions.values())).pages)
-        own = torch.arange(heads, dtype=torch.int32, device=self._rows.device)
-        slots = self._rows[:, None] * heads + own[:, None]
+        slots, ring = self._plain.clone(), self.plan.ring_pages
         for seq, (budgets, row) in self.uneven.items():
-            span = slice(self.plan.ring_pages, self.plan.ring_pages + budgets.most)
-            slots[seq, :, span] = divisions[seq].slots(row).int()
+            span = slots[seq, :, ring : ring + budgets.most]
+            torch.add(divisions[seq].places, row * self.heads, out=span)
         return self.batch.with_slots(slots)
+
+    @cached_property
+    def _plain(self) -> torch.Tensor:
+        """``[num_seqs, num_kv_heads, width]`` int32: ring, tail and plain pages, of every head."""
+        own = torch.arange(self.heads, dtype=torch.int32, device=self._rows.device)
+        return self._rows[:, None] * self.heads + own[:, None]
 
     @cached_property
     def _rows(self) -> torch.Tensor:

@@ -97,7 +97,7 @@ class Step:
         clock.lap("attend")
         kernel.append(pages, batch, tokens.key, tokens.value)
         clock.lap("append")
-        of_layer.cuts.run(layer, batch.after_append(), tokens)
+        of_layer.cuts.run(layer, tokens, divisions)
         clock.lap("cut")
 
     @cached_property
@@ -154,10 +154,11 @@ class Step:
             counts.store_row[seq] = self.plan.ring_pages if budgets else span.store_row(before)
             if budgets:
                 places[seq] = budgets, span.store_row(before)
-        cutting = Cuts(cuts, self._after(batch.after_append(), cuts))
-        return LayerStep(Slots(batch, self.plan, places), cutting, self._counted(batch, cuts))
+        slots, source = (Slots(x, self.plan, heads, places) for x in (batch, batch.after_append()))
+        cutting = Cuts(cuts, source, self._after(source.batch, cuts, heads))
+        return LayerStep(slots, cutting, self._counted(batch, cuts))
 
-    def _after(self, source: Batch, cuts: list[Cut]) -> Slots:
+    def _after(self, source: Batch, cuts: list[Cut], heads: int) -> Slots:
         """The counts when the cuts are done."""
         places = {}
         stored, ring, row = source.stored.clone(), source.ring.clone(), source.store_row.clone()
@@ -169,7 +170,7 @@ class Step:
             if cut.budgets:
                 places[cut.seq] = cut.budgets, first
         after = replace(source, stored=stored, ring=ring, stored_after=stored, store_row=row)
-        return Slots(after, self.plan, places)
+        return Slots(after, self.plan, heads, places)
 
     def _fresh(self, seq: int) -> int:
         return int(self.query_start[seq + 1] - self.query_start[seq])

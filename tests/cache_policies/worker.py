@@ -123,7 +123,7 @@ class Worker:
         one = batch.one(0, held=count, stored=self.plan.stored(count),
                         store_row=self.plan.ring_pages if division else row)  # fmt: skip
         if division:
-            one = Slots(one, self.plan, {0: (division.budgets, row)}).given({0: division})
+            one = Slots(one, self.plan, KV_HEADS, {0: (division.budgets, row)}).given({0: division})
         empty = torch.zeros(0, KV_HEADS, SIZE)
         return self.layer.kernel.read(self.layer.pages, one, empty, empty)
 
