@@ -1,7 +1,7 @@
 # kvthrift in a container.
 #
 #   docker build -t kvthrift:cpu --build-arg MODEL=smollm2-135m .
-#   docker build -t kvthrift:cuda --target cuda .
+#   docker build -t kvthrift:cuda --target cuda .          (docker run --gpus all)
 #   docker build -t kvthrift:router --target router .
 #
 # Targets: cuda, router, and cpu, which is the last and so the default.
@@ -89,6 +89,8 @@ ENTRYPOINT ["tini", "--", "vllm-router"]
 CMD ["--help"]
 
 FROM runtime AS cuda
+# What NVIDIA's container runtime mounts: a driver to compute with, and nvidia-smi.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # gcc: Triton builds its launchers with it.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \

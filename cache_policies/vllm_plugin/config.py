@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from cache_policies.errors import PolicyError
@@ -145,6 +146,11 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             "pipeline parallelism on vLLM's V2 model runner, whose first stages never learn a "
             "request's method; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
+        (
+            _eager_stages(vllm_config),
+            "pipeline parallelism and --enforce-eager on a CPU, where vLLM never makes room for what "
+            "a stage hands on; drop --enforce-eager",
+        ),
         (parallel.use_ubatching, "micro-batches; drop --enable-dbo and --ubatch-size"),
     )
     for present, feature in reasons:
@@ -156,6 +162,13 @@ def _needs_bfloat16(vllm_config: VllmConfig) -> bool:
     model = vllm_config.model_config
     delta_net = getattr(model.hf_text_config, "linear_num_key_heads", None) is not None
     return bool(delta_net and model.dtype != torch.bfloat16 and current_platform.is_cpu())
+
+
+def _eager_stages(vllm_config: VllmConfig) -> bool:
+    """A CPU's V1 runner makes a stage's tensors as it warms up, and an eager one does not."""
+    eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+    stages = vllm_config.parallel_config.pipeline_parallel_size > 1
+    return bool(eager and stages and current_platform.is_cpu())
 
 
 def _other_scheduler(chosen: Any) -> bool:

@@ -3,7 +3,8 @@
 vLLM tells its logits processors which rows were added, moved and removed before every step,
 with each request's parameters and prompt. A request that is not scheduled in a step, or is
 preempted, leaves the batch and comes back later; it is recognized by its list of output
-tokens, which vLLM keeps for as long as the request lives.
+tokens, which vLLM keeps for as long as the request lives. Under asynchronous scheduling vLLM makes
+that list anew once the request has an answer; then it is recognized by its parameters.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Rows:
             self._leave(index)
         for index, params, prompt, output in update.added:
             self._leave(index)
-            back = self.away.pop(id(output), None)
+            back = self._returning(params, output)
             self.row[index] = back or (output, None, (params, _prompt_tokens(params, prompt)))
         for first, second, direction in update.moved:
             one, other = self.row.pop(first, None), self.row.pop(second, None)
@@ -88,6 +89,17 @@ class Rows:
                 state.reading.report = partial(mailbox_of(self.vllm_config).write, slot)
             self.row[index] = output, state, (params, prompt)
         return state
+
+    def _returning(
+        self, params: Any, output: list[int]
+    ) -> tuple[list[int], RequestState | None, Any] | None:
+        """The entry of a request that was away; None for a new one, which has no answer yet."""
+        key = id(output)
+        if key not in self.away and output:
+            same = [k for k, (_, _, (known, _)) in self.away.items() if known is params]
+            key = same[0] if len(same) == 1 else key
+        back = self.away.pop(key, None)
+        return None if back is None else (output, *back[1:])
 
     def _engine(self) -> Engine:
         assert self.plan is not None

@@ -90,7 +90,9 @@ def test_an_overlay_is_valid(overlay: str) -> None:
     (deployment,) = filter(is_deployment, objects)
     (server,) = pods(deployment)
     assert server["image"] == f"kvthrift:0.1.0-{overlay}"
-    assert ("--cache-policy=$(CACHE_POLICY)" in server["args"]) == (overlay == "cpu")
+    assert "--cache-policy=$(CACHE_POLICY)" in server["args"]
+    on_gpu = {"--cache-kernel=triton", "--block-size=128"}
+    assert on_gpu & set(server["args"]) == (on_gpu if overlay == "cuda" else set())
     assert ("nvidia.com/gpu" in server["resources"]["limits"]) == (overlay == "cuda")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     for x in objects:

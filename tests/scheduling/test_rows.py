@@ -11,6 +11,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from cache_policies.kernels.counts import Buffers
 from cache_policies.vllm_plugin.builder import RingStoreMetadata, RingStoreMetadataBuilder
@@ -90,3 +91,51 @@ def test_a_dummy_batch_of_v2_touches_no_request(guard: PolicyGuard) -> None:
     assert dummy.step is None
     assert first.states[0].computed == 300  # type: ignore[union-attr]
     assert build(guard, [0], [300], [1]).step is not None
+
+
+def changed(
+    added: tuple[Any, ...] = (), removed: tuple[int, ...] = (), moved: tuple[Any, ...] = ()
+) -> BatchUpdate:
+    return BatchUpdate(batch_size=2, added=added, removed=removed, moved=moved)
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["its-list", "list-made-anew"])
+def test_a_request_of_v1_that_sits_out_a_step_keeps_what_is_known_of_it(
+    guard: PolicyGuard, *, anew: bool
+) -> None:
+    """Asynchronous scheduling makes its list of output tokens anew, where it has some."""
+    build(guard, [1], [0], [1])  # the plan
+    rows, params = guard.rows, sampling("snapkv(budget=100)")
+    assert rows is not None
+    output: list[int] = []
+    rows.update(changed(added=((0, params, [7] * 300, output),)))
+    state = rows.state(0)
+    assert state is not None
+    output.append(5)
+    rows.update(changed(removed=(0,)))
+    assert rows.state(0) is None
+    if anew:
+        output = [5]
+    other = sampling("snapkv(budget=100)")
+    back = ((0, other, [7] * 300, []), (1, params, [7] * 300, output))
+    rows.update(changed(added=back))
+    assert rows.state(1) is state
+    assert rows.state(0) is not state
+    rows.update(changed(removed=(0, 1)))
+    del output, back
+    rows.update(changed())
+    assert not rows.away
+
+
+def test_a_new_request_of_v1_takes_nothing_from_one_with_the_same_parameters(
+    guard: PolicyGuard,
+) -> None:
+    """As the samples of one request are where the engine is in the same process."""
+    build(guard, [1], [0], [1])
+    rows, params = guard.rows, sampling("snapkv(budget=100)")
+    assert rows is not None
+    first: list[int] = []
+    rows.update(changed(added=((0, params, [7] * 300, first),)))
+    state = rows.state(0)
+    rows.update(changed(removed=(0,), added=((0, params, [7] * 300, []),)))
+    assert rows.state(0) is not state

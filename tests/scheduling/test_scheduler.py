@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    CompilationMode,
+    DeviceConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -289,13 +296,15 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
     assert state.span == engine.manager.span(engine.scheduler.requests["e"])
 
 
-def test_what_the_v2_runner_cannot_do_is_refused(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Engine(llama, "fp16", 60, asynchronous=False).config
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    monkeypatch.setattr(config.compilation_config, "mode", CompilationMode.NONE)
     refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    with pytest.raises(PolicyError, match="on a CPU, .* drop --enforce-eager"):
+        refuse_engine(config)
+    monkeypatch.setattr(config.compilation_config, "mode", CompilationMode.DYNAMO_TRACE_ONCE)
     refuse_engine(config)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(PolicyError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
