@@ -1,0 +1,70 @@
+"""Mamba 1 in the place of vLLM's layer, whose scan its builds for CPUs lack."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+from linear_models.scans import cpu
+from linear_models.steps import batch_of
+
+if TYPE_CHECKING:
+    from linear_models.scans.batch import Batch
+
+
+class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
+    """vLLM's layer and its weights; convolution and scan are those of ``scans.cpu``.
+
+    Tokens stay rows throughout, and a request that decodes is a prompt of one token.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        if self.activation not in {"silu", "swish"}:
+            raise ValueError(f"layer {self.prefix}: activation {self.activation!r} is not silu")
+        self._floats: dict[str, torch.Tensor] = {}
+
+    def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
+        """Run the layer: ``[tokens, hidden]`` to ``output`` of the same shape."""
+        every = get_forward_context().attn_metadata
+        metadata = None if every is None else every.get(self.prefix)
+        projected = self.in_proj(hidden_states)[0]
+        if metadata is None:  # a run that measures memory
+            self.out_proj(projected.chunk(2, dim=-1)[0].contiguous())
+            return
+        batch = batch_of(metadata)
+        tokens = batch.num_tokens
+        mixed = self._mix(projected[:tokens], batch)
+        output[:tokens] = self.out_proj(mixed)[0]
+
+    def _mix(self, projected: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x, gate = projected.chunk(2, dim=-1)
+        conv, states = self.kv_cache
+        if is_conv_state_dim_first():
+            conv = conv.transpose(-1, -2)
+        convolved = torch.empty(x.shape, dtype=x.dtype)
+        cpu.causal_conv(
+            x, self._float("conv1d.weight"), self._float("conv1d.bias"), conv, batch, convolved
+        )
+        dt, b, c = self._ssm_transform(convolved)
+        out = torch.empty_like(convolved)
+        cpu.selective_scan(
+            convolved, dt.transpose(-2, -1), self.A, b, c, self._float("D"),
+            self._float("dt_proj.bias"), gate, states, batch, out,
+        )  # fmt: skip
+        return out
+
+    def _float(self, name: str) -> torch.Tensor | None:
+        """A small parameter in float32, converted once: weights do not change while serving."""
+        if name not in self._floats:
+            owner, _, leaf = name.rpartition(".")
+            found = getattr(self.get_submodule(owner), leaf)
+            if found is None:
+                return None
+            found = found.detach().float()
+            self._floats[name] = (found.squeeze(1) if found.dim() > 1 else found).contiguous()
+        return self._floats[name]

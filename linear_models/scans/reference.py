@@ -1,0 +1,87 @@
+"""Recurrences in plain torch, token by token, as their papers define them: the oracles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import silu, softplus
+
+if TYPE_CHECKING:
+    from linear_models.scans.batch import Batch
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+) -> None:
+    """Depthwise convolution over the last ``width`` tokens, then SiLU.
+
+    Args:
+        x: ``[tokens, channels]``.
+        weight: ``[channels, width]``, the newest token's last.
+        bias: ``[channels]``, or none.
+        states: ``[slots, width - 1, channels]``, the last inputs of a request; written.
+        batch: requests of the step.
+        out: ``[tokens, channels]``; written.
+
+    """
+    for i, (first, last) in enumerate(batch.spans):
+        slot = int(batch.slots[i])
+        before = torch.zeros(states.shape[1:])
+        if slot >= 0 and batch.has_state[i]:
+            before = states[slot].float()
+        seen = torch.cat([before, x[first:last].float()])
+        for t in range(last - first):
+            y = (seen[t : t + weight.shape[1]] * weight.float().T).sum(0)
+            out[first + t] = silu(y if bias is None else y + bias.float()).to(out.dtype)
+        if slot >= 0:
+            states[slot] = seen[last - first :].to(states.dtype)
+
+
+def selective_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+) -> None:
+    """Mamba 1 (arXiv 2312.00752): ``h = exp(dt a) h + dt b x``, ``out = (c h + d x) silu(gate)``.
+
+    Args:
+        x: input, ``[tokens, channels]``.
+        dt: step before its bias and softplus, ``[tokens, channels]``.
+        a: ``[channels, size]``, negative.
+        b: ``[tokens, size]``.
+        c: ``[tokens, size]``.
+        d: ``[channels]``.
+        bias: of ``dt``, ``[channels]``, or none.
+        gate: ``[tokens, channels]``, or none.
+        states: ``[slots, channels, size]``; written.
+        batch: requests of the step.
+        out: ``[tokens, channels]``; written.
+
+    """
+    step = softplus(dt.float() if bias is None else dt.float() + bias.float())
+    for i, (first, last) in enumerate(batch.spans):
+        slot = int(batch.slots[i])
+        h = torch.zeros(states.shape[1:])
+        if slot >= 0 and batch.has_state[i]:
+            h = states[slot].float()
+        for t in range(first, last):
+            inner = (step[t] * x[t].float())[:, None] * b[t].float()
+            h = torch.exp(step[t][:, None] * a.float()) * h + inner
+            y = h @ c[t].float() + d.float() * x[t].float()
+            out[t] = (y if gate is None else y * silu(gate[t].float())).to(out.dtype)
+        if slot >= 0:
+            states[slot] = h.to(states.dtype)

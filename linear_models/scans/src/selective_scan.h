@@ -1,0 +1,53 @@
+// Mamba 1 (arXiv 2312.00752). Lanes are channels: one has `size` states, which stay in registers
+// or the first cache over the tokens of a request.
+#pragma once
+
+enum { MAX_SIZE = 256 };
+
+// SIZE is that of the states where it is known at compile time, else 0
+template <int SIZE>
+static void scan_channels(const SelectiveScan& call, int seq, int first) {
+  const Batch& batch = call.batch;
+  const int n = at_most(LANES, call.channels - first), size = SIZE ? SIZE : call.size;
+  const States& states = call.states;
+  char* state = batch.slots[seq] < 0 ? nullptr : slot(states, batch.slots[seq]);
+  Vec h[SIZE ? SIZE : MAX_SIZE], a[SIZE ? SIZE : MAX_SIZE];
+  float b[SIZE ? SIZE : MAX_SIZE], c[SIZE ? SIZE : MAX_SIZE];
+  const bool has_state = state && batch.has_state[seq];
+  for (int k = 0; k < size; k++) {
+    h[k] = a[k] = Vec{};
+    for (int j = 0; j < n; j++) {
+      a[k][j] = call.a[int64_t(first + j) * size + k];
+      if (has_state) h[k][j] = get(state, (first + j) * states.row + k, states.dtype);
+    }
+  }
+  const Vec d = load(call.d + first, n), bias = call.bias ? load(call.bias + first, n) : Vec{};
+  for (int64_t t = batch.query_start[seq]; t < batch.query_start[seq + 1]; t++) {
+    const Vec x = load(row(call.x, t), first, call.x.dtype, n);
+    const Vec dt = softplus(load(row(call.dt, t), first, call.dt.dtype, n) + bias), dx = dt * x;
+    for (int k = 0; k < size; k++) {
+      b[k] = get(row(call.b, t), k, call.b.dtype);
+      c[k] = get(row(call.c, t), k, call.c.dtype);
+    }
+    Vec y = d * x;
+    for (int k = 0; k < size; k++) {
+      h[k] = exp(dt * a[k]) * h[k] + dx * b[k];
+      y += h[k] * c[k];
+    }
+    if (call.gate.data) y *= silu(load(row(call.gate, t), first, call.gate.dtype, n));
+    store((char*)row(call.out, t), first, call.out.dtype, n, y);
+  }
+  if (!state) return;
+  for (int j = 0; j < n; j++)
+    for (int k = 0; k < size; k++) put(state, (first + j) * states.row + k, states.dtype, h[k][j]);
+}
+
+static void selective_scan(const SelectiveScan& call, int threads) {
+  const int blocks = (call.channels + LANES - 1) / LANES;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (int seq = 0; seq < call.batch.num_seqs; seq++)
+    for (int block = 0; block < blocks; block++) {
+      if (call.size == 16) scan_channels<16>(call, seq, block * LANES);
+      else scan_channels<0>(call, seq, block * LANES);
+    }
+}
