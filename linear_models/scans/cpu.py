@@ -20,6 +20,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NONE = (0, 0, 0)
 MAX_WIDTH = 8  # of a convolution; src/conv.h
 MAX_SIZE = 256  # states of a Mamba 1 channel; src/selective_scan.h
+MAX_HEAD = 256  # items of an RWKV-5 head; src/wkv5.h
+HEAD_MULTIPLE = 16  # lanes of AVX-512
 
 
 def supported_isas() -> list[str]:
@@ -103,6 +105,83 @@ def selective_scan(
         _floats("bias", bias, (channels,)),
         channels,
         size,
+        num_threads,
+    )
+
+
+def wkv5(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    bonus: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+    *,
+    isa: str = _BEST,
+    num_threads: int = 0,
+) -> None:
+    """As ``reference.wkv5``; decay, bonus and states are float32.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernel does not take.
+
+    """
+    heads, size = decay.shape
+    _require(
+        size % HEAD_MULTIPLE == 0 and size <= MAX_HEAD,
+        f"heads of {size} are not a multiple of {HEAD_MULTIPLE} up to {MAX_HEAD}",
+    )
+    _require(states.shape[1:] == (heads, size, size), f"states: {tuple(states.shape[1:])}")
+    _require(states.dtype == torch.float32, f"states: {states.dtype} is not float32")
+    _require(states[:1].is_contiguous(), "states: a slot is not contiguous")
+    _scans.wkv5(
+        isa,
+        _batch(batch, states),
+        _rows("r", r, batch, heads * size),
+        _rows("k", k, batch, heads * size),
+        _rows("v", v, batch, heads * size),
+        _rows("out", out, batch, heads * size),
+        _states(states.flatten(1, 2), (heads * size, size)),
+        _floats("decay", decay, (heads, size)),
+        _floats("bonus", bonus, (heads, size)),
+        heads,
+        size,
+        num_threads,
+    )
+
+
+def rg_lru(
+    x: torch.Tensor,
+    input_gate: torch.Tensor,
+    gate: torch.Tensor,
+    rate: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+    *,
+    isa: str = _BEST,
+    num_threads: int = 0,
+) -> None:
+    """As ``reference.rg_lru``; ``rate`` is float32.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernel does not take.
+
+    """
+    (channels,) = rate.shape
+    _require(states.stride(1) == 1, "states of a request are not contiguous")
+    _scans.rg_lru(
+        isa,
+        _batch(batch, states),
+        _rows("x", x, batch, channels),
+        _rows("input_gate", input_gate, batch, channels),
+        _rows("gate", gate, batch, channels),
+        _rows("out", out, batch, channels),
+        _states(states[:, None], (1, channels)),
+        _floats("rate", rate, (channels,)),
+        channels,
         num_threads,
     )
 

@@ -85,3 +85,80 @@ def selective_scan(
             out[t] = (y if gate is None else y * silu(gate[t].float())).to(out.dtype)
         if slot >= 0:
             states[slot] = h.to(states.dtype)
+
+
+def wkv5(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    bonus: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+) -> None:
+    """RWKV-5 (arXiv 2404.05892): ``out = r (bonus k v + s)``, then ``s = decay s + k v``.
+
+    Args:
+        r: receptances, ``[tokens, heads * size]``.
+        k: keys, the same shape.
+        v: values, the same shape.
+        decay: ``[heads, size]``, of a key's item, in 0..1.
+        bonus: ``[heads, size]``, of the current token.
+        states: float32 ``[slots, heads, size, size]``, key items by value items; written.
+        batch: requests of the step.
+        out: ``[tokens, heads * size]``; written.
+
+    """
+    heads, size = decay.shape
+    for i, (first, last) in enumerate(batch.spans):
+        slot = int(batch.slots[i])
+        s = torch.zeros(states.shape[1:])
+        if slot >= 0 and batch.has_state[i]:
+            s = states[slot]
+        for t in range(first, last):
+            rt, kt, vt = (x[t].float().view(heads, 1, size) for x in (r, k, v))
+            kv = kt.mT @ vt
+            y = rt @ (bonus[..., None] * kv + s)
+            out[t] = y.flatten().to(out.dtype)
+            s = kv + decay[..., None] * s
+        if slot >= 0:
+            states[slot] = s
+
+
+def rg_lru(
+    x: torch.Tensor,
+    input_gate: torch.Tensor,
+    gate: torch.Tensor,
+    rate: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+) -> None:
+    """RG-LRU of Griffin (arXiv 2402.19427): ``h = a h + sqrt(1 - a^2) sigmoid(input_gate) x``.
+
+    The decay is ``a = exp(rate sigmoid(gate))``. A request's first token has no root.
+
+    Args:
+        x: ``[tokens, channels]``.
+        input_gate: before its sigmoid, ``[tokens, channels]``.
+        gate: of the recurrence, before its sigmoid, ``[tokens, channels]``.
+        rate: ``-8 softplus(parameter)``, ``[channels]``.
+        states: ``[slots, channels]``; written.
+        batch: requests of the step.
+        out: ``[tokens, channels]``; written.
+
+    """
+    log_a = rate * torch.sigmoid(gate.float())
+    inner = x.float() * torch.sigmoid(input_gate.float())
+    for i, (first, last) in enumerate(batch.spans):
+        slot = int(batch.slots[i])
+        has_state = slot >= 0 and bool(batch.has_state[i])
+        h = states[slot].float() if has_state else torch.zeros(states.shape[1:])
+        for t in range(first, last):
+            a = torch.exp(log_a[t])
+            scale = torch.sqrt(1 - a * a) if has_state or t > first else 1.0
+            h = a * h + scale * inner[t]
+            out[t] = h.to(out.dtype)
+        if slot >= 0:
+            states[slot] = h.to(states.dtype)

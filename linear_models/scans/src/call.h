@@ -43,10 +43,28 @@ struct SelectiveScan {
   int channels, size;
 };
 
+struct Wkv5 {
+  Batch batch;
+  Rows r, k, v, out;           // a row holds its heads one after the other
+  States states;               // float32; a slot's items are contiguous
+  const float *decay, *bonus;  // [heads, size]
+  int heads, size;
+};
+
+struct RgLru {
+  Batch batch;
+  Rows x, input_gate, gate, out;  // gates before their sigmoids
+  States states;
+  const float* rate;  // -8 softplus(parameter)
+  int channels;
+};
+
 // one instruction set's functions
 struct Scans {
   void (*causal_conv)(const Conv&, int threads);
   void (*selective_scan)(const SelectiveScan&, int threads);
+  void (*wkv5)(const Wkv5&, int threads);
+  void (*rg_lru)(const RgLru&, int threads);
 };
 
 }  // namespace kvthrift::scans

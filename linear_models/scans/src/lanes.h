@@ -153,6 +153,11 @@ SCAN_INLINE Vec softplus(Vec x) {
   return (x < 0.f ? Vec{} : x) + 2.f * s * p;
 }
 
+SCAN_INLINE Vec root(Vec x) {  // square root; a loop of it becomes one instruction
+  for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
 SCAN_INLINE const char* row(const Rows& m, int64_t i) {
   return m.data + i * m.stride * (m.dtype == Dtype::f32 ? 4 : 2);
 }

@@ -93,6 +93,22 @@ void selective_scan(const std::string& isa, const BatchArg& bt, const RowsArg& x
   table(isa).selective_scan(call, threads(num_threads));
 }
 
+void wkv5(const std::string& isa, const BatchArg& b, const RowsArg& r, const RowsArg& k,
+          const RowsArg& v, const RowsArg& out, const StatesArg& s, intptr_t decay, intptr_t bonus,
+          int heads, int size, int num_threads) {
+  const Wkv5 call{batch(b), rows(r), rows(k), rows(v), rows(out), states(s),
+                  address<const float>(decay), address<const float>(bonus), heads, size};
+  table(isa).wkv5(call, threads(num_threads));
+}
+
+void rg_lru(const std::string& isa, const BatchArg& b, const RowsArg& x, const RowsArg& input_gate,
+            const RowsArg& gate, const RowsArg& out, const StatesArg& s, intptr_t rate, int channels,
+            int num_threads) {
+  const RgLru call{batch(b), rows(x), rows(input_gate), rows(gate), rows(out), states(s),
+                   address<const float>(rate), channels};
+  table(isa).rg_lru(call, threads(num_threads));
+}
+
 }  // namespace
 }  // namespace kvthrift::scans
 
@@ -102,4 +118,6 @@ NB_MODULE(_scans, m) {
   m.def("supported", &supported, "Instruction sets this CPU runs, best first.");
   m.def("causal_conv", &causal_conv, nb::call_guard<nb::gil_scoped_release>());
   m.def("selective_scan", &selective_scan, nb::call_guard<nb::gil_scoped_release>());
+  m.def("wkv5", &wkv5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("rg_lru", &rg_lru, nb::call_guard<nb::gil_scoped_release>());
 }
