@@ -40,6 +40,7 @@ def causal_conv(
     batch: Batch,
     out: torch.Tensor,
     *,
+    activate: bool = True,
     isa: str = _BEST,
     num_threads: int = 0,
 ) -> None:
@@ -61,6 +62,7 @@ def causal_conv(
         _floats("bias", bias, (channels,)),
         channels,
         width,
+        activate,
         num_threads,
     )
 

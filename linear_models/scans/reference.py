@@ -18,6 +18,8 @@ def causal_conv(
     states: torch.Tensor,
     batch: Batch,
     out: torch.Tensor,
+    *,
+    activate: bool = True,
 ) -> None:
     """Depthwise convolution over the last ``width`` tokens, then SiLU.
 
@@ -28,6 +30,7 @@ def causal_conv(
         states: ``[slots, width - 1, channels]``, the last inputs of a request; written.
         batch: requests of the step.
         out: ``[tokens, channels]``; written.
+        activate: whether SiLU follows.
 
     """
     for i, (first, last) in enumerate(batch.spans):
@@ -38,7 +41,8 @@ def causal_conv(
         seen = torch.cat([before, x[first:last].float()])
         for t in range(last - first):
             y = (seen[t : t + weight.shape[1]] * weight.float().T).sum(0)
-            out[first + t] = silu(y if bias is None else y + bias.float()).to(out.dtype)
+            y = y if bias is None else y + bias.float()
+            out[first + t] = (silu(y) if activate else y).to(out.dtype)
         if slot >= 0:
             states[slot] = seen[last - first :].to(states.dtype)
 

@@ -33,6 +33,7 @@ struct Conv {
   States states;  // rows are tokens, items are channels
   const float *weight, *bias;
   int channels, width;
+  bool activate;  // SiLU
 };
 
 struct SelectiveScan {

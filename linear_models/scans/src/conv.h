@@ -1,4 +1,4 @@
-// Depthwise causal convolution with a state, then SiLU. Lanes are channels.
+// Depthwise causal convolution with a state, then SiLU if asked for. Lanes are channels.
 #pragma once
 
 enum { MAX_WIDTH = 8 };
@@ -20,7 +20,7 @@ static void conv_channels(const Conv& call, int seq, int first) {
     seen[tail] = load(row(call.x, t), first, call.x.dtype, n);
     Vec sum = bias;
     for (int k = 0; k <= tail; k++) sum += weight[k] * seen[k];
-    store((char*)row(call.out, t), first, call.out.dtype, n, silu(sum));
+    store((char*)row(call.out, t), first, call.out.dtype, n, call.activate ? silu(sum) : sum);
     for (int k = 0; k < tail; k++) seen[k] = seen[k + 1];
   }
   if (state)

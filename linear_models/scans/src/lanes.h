@@ -153,9 +153,15 @@ SCAN_INLINE Vec softplus(Vec x) {
   return (x < 0.f ? Vec{} : x) + 2.f * s * p;
 }
 
-SCAN_INLINE Vec root(Vec x) {  // square root; a loop of it becomes one instruction
+SCAN_INLINE Vec root(Vec x) {  // square root
+#if defined(__AVX512F__)
+  return bits<Vec>(_mm512_sqrt_ps(bits<__m512>(x)));
+#elif defined(__AVX2__)
+  return bits<Vec>(_mm256_sqrt_ps(bits<__m256>(x)));
+#else
   for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
   return x;
+#endif
 }
 
 SCAN_INLINE const char* row(const Rows& m, int64_t i) {

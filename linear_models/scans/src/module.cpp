@@ -77,9 +77,9 @@ int threads(int asked) { return asked > 0 ? asked : omp_get_max_threads(); }
 
 void causal_conv(const std::string& isa, const BatchArg& b, const RowsArg& x, const RowsArg& out,
                  const StatesArg& s, intptr_t weight, intptr_t bias, int channels, int width,
-                 int num_threads) {
+                 bool activate, int num_threads) {
   const Conv call{batch(b), rows(x), rows(out), states(s), address<const float>(weight),
-                  address<const float>(bias), channels, width};
+                  address<const float>(bias), channels, width, activate};
   table(isa).causal_conv(call, threads(num_threads));
 }
 

@@ -4,6 +4,41 @@
 
 enum { CHANNELS = 256 };  // of a thread at once
 
+// e^x for |x| <= 87, without what the general one does for others
+SCAN_INLINE Vec exp_within(Vec x) {
+  const float round = 12582912.f;
+  const Vec whole = x * 1.44269504f + round, n = whole - round;  // its last bits hold n
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = (p * r + 1.f) * r + 1.f;
+  return bits<Vec>(bits<IntVec>(p) + (bits<IntVec>(whole) << 23));
+}
+
+SCAN_INLINE Vec limit(Vec x, float low, float high) {  // NaN stays
+  const Vec y = x < low ? all(low) : x;
+  return y > high ? all(high) : y;
+}
+
+// one token of n channels from item i on; FLOATS: all rows are float32
+template <bool FLOATS>
+SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, Vec& h) {
+  const auto dtype = [](const Rows& rows) { return FLOATS ? Dtype::f32 : rows.dtype; };
+  const auto item = [&](const Rows& rows) { return load(row(rows, t), i, dtype(rows), n); };
+  // two sigmoids with one division; below e^-40 they are nothing
+  const Vec in = 1.f + exp_within(limit(-item(call.input_gate), -40.f, 40.f));
+  const Vec keep = 1.f + exp_within(limit(-item(call.gate), -40.f, 40.f));
+  const Vec both = 1.f / (in * keep);
+  const Vec a = exp_within(limit(load(call.rate + i, n) * both * in, -87.f, 0.f));
+  Vec u = item(call.x) * both * keep;
+  if (!starts) u *= root(1.f - a * a);
+  h = a * h + u;
+  store((char*)row(call.out, t), i, dtype(call.out), n, h);
+}
+
+template <bool FLOATS>
 static void rg_lru_channels(const RgLru& call, int seq, int first, int channels) {
   const Batch& batch = call.batch;
   char* state = batch.slots[seq] < 0 ? nullptr : slot(call.states, batch.slots[seq]);
@@ -13,19 +48,12 @@ static void rg_lru_channels(const RgLru& call, int seq, int first, int channels)
   for (int j = 0; j < channels; j += LANES)
     h[j / LANES] = has_state ? load(state, first + j, dtype, at_most(LANES, channels - j)) : Vec{};
   const int64_t begin = batch.query_start[seq], end = batch.query_start[seq + 1];
+  const int whole = channels / LANES;
   for (int64_t t = begin; t < end; t++) {
-    const char *x = row(call.x, t), *in = row(call.input_gate, t), *keep = row(call.gate, t);
-    char* out = (char*)row(call.out, t);
     const bool starts = t == begin && !has_state;  // its input is not scaled
-    for (int j = 0; j < channels; j += LANES) {
-      const int n = at_most(LANES, channels - j), i = first + j;
-      const Vec rate = load(call.rate + i, n);
-      const Vec a = exp(rate * sigmoid(load(keep, i, call.gate.dtype, n)));
-      Vec u = load(x, i, call.x.dtype, n) * sigmoid(load(in, i, call.input_gate.dtype, n));
-      if (!starts) u *= root(1.f - a * a);
-      h[j / LANES] = a * h[j / LANES] + u;
-      store(out, i, call.out.dtype, n, h[j / LANES]);
-    }
+    for (int j = 0; j < whole; j++) gate<FLOATS>(call, t, first + j * LANES, LANES, starts, h[j]);
+    if (const int n = channels - whole * LANES)
+      gate<FLOATS>(call, t, first + whole * LANES, n, starts, h[whole]);
   }
   for (int j = 0; state && j < channels; j += LANES)
     store(state, first + j, dtype, at_most(LANES, channels - j), h[j / LANES]);
@@ -33,10 +61,13 @@ static void rg_lru_channels(const RgLru& call, int seq, int first, int channels)
 
 static void rg_lru(const RgLru& call, int threads) {
   const int blocks = (call.channels + CHANNELS - 1) / CHANNELS;
+  const bool floats = call.x.dtype == Dtype::f32 && call.input_gate.dtype == Dtype::f32 &&
+                      call.gate.dtype == Dtype::f32 && call.out.dtype == Dtype::f32;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int seq = 0; seq < call.batch.num_seqs; seq++)
     for (int block = 0; block < blocks; block++) {
-      const int first = block * CHANNELS;
-      rg_lru_channels(call, seq, first, at_most(CHANNELS, call.channels - first));
+      const int first = block * CHANNELS, channels = at_most(CHANNELS, call.channels - first);
+      if (floats) rg_lru_channels<true>(call, seq, first, channels);
+      else rg_lru_channels<false>(call, seq, first, channels);
     }
 }

@@ -1,10 +1,10 @@
 // RWKV-5 (arXiv 2404.05892). Lanes are the value's items; a head's state is a matrix of key items
 // by value items.
 //
-// Of CHUNK tokens the state is read and written once. Within a chunk it is kept divided by the
-// decay since the chunk's begin, so that a token costs two products an item: receptances carry
-// the decay up to their token, keys its inverse. Decays are no functions of the token here, so
-// both are tables of a head; where an inverse would leave floats, the head goes token by token.
+// Of a chunk of tokens the state is read and written once. Within a chunk it is kept divided by
+// the decay since the chunk's begin, so that a token costs two products an item: receptances
+// carry the decay up to their token, keys its inverse. Decays are no functions of the token here,
+// so both are tables of a head; where an inverse would leave floats, the head's chunks are shorter.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -12,37 +12,34 @@ enum { CHUNK = 8 };  // outputs and values of a chunk stay in registers
 #else
 enum { CHUNK = 4 };
 #endif
-enum { MAX_HEAD = 256 };
+enum { SHORT_CHUNK = 4, MAX_HEAD = 256 };
 
 struct Tile {
   alignas(64) float r[CHUNK * MAX_HEAD], k[CHUNK * MAX_HEAD], bonus[CHUNK];
 };
 
 struct Powers {
-  bool safe;
-  alignas(64) float before[CHUNK * MAX_HEAD], inverse[CHUNK * MAX_HEAD], whole[MAX_HEAD];
+  int safe;  // tokens of a chunk whose inverses are floats
+  alignas(64) float before[(CHUNK + 1) * MAX_HEAD], inverse[CHUNK * MAX_HEAD];
 };
 
 SCAN_INLINE float sum(Vec v) {
-  float s[LANES];
-  memcpy(s, &v, sizeof s);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
+  float four[4] = {};
+  for (int i = 0; i < LANES; i++) four[i % 4] += v[i];
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 static void powers_of(const float* decay, int size, Powers& powers) {
-  const float most = 1e30f;  // keys stay below the largest float, as long as they are below 1e8
-  powers.safe = true;
+  const double least = 1e-30;  // keys below 1e8 stay floats
+  powers.safe = CHUNK;
   for (int i = 0; i < size; i++) {
     double power = 1;
-    for (int t = 0; t < CHUNK; t++) {
+    for (int t = 0; t <= CHUNK; t++) {
       powers.before[t * size + i] = float(power);
+      if (t) powers.inverse[(t - 1) * size + i] = float(1 / power);
+      if (!(power >= least)) powers.safe = at_most(powers.safe, t - 1);
       power *= decay[i];
-      if (!(power * most >= 1)) powers.safe = false;
-      powers.inverse[t * size + i] = float(1 / power);
     }
-    powers.whole[i] = float(power);
   }
 }
 
@@ -105,6 +102,17 @@ static void advance(const Wkv5& call, const Tile& tile, const float* decay, int6
   }
 }
 
+// whole chunks from a token on; the token after them
+template <int COUNT>
+static int64_t chunks(const Wkv5& call, const Powers& powers, Tile& tile, int64_t token, int64_t end,
+                      int head, float* state) {
+  for (; token + COUNT <= end; token += COUNT) {
+    fill(call, &powers, token, head, COUNT, tile);
+    advance<COUNT>(call, tile, powers.before + COUNT * call.size, token, end, head, state);
+  }
+  return token;
+}
+
 static void wkv5_head(const Wkv5& call, int seq, int head) {
   const Batch& batch = call.batch;
   const int size = call.size, slot_index = batch.slots[seq];
@@ -116,13 +124,12 @@ static void wkv5_head(const Wkv5& call, int seq, int head) {
   int64_t token = batch.query_start[seq];
   const int64_t end = batch.query_start[seq + 1];
   Tile tile;
-  if (end - token >= CHUNK) {
+  if (end - token >= SHORT_CHUNK) {
     Powers powers;
     powers_of(decay, size, powers);
-    for (; powers.safe && token + CHUNK <= end; token += CHUNK) {
-      fill(call, &powers, token, head, CHUNK, tile);
-      advance<CHUNK>(call, tile, powers.whole, token, end, head, state);
-    }
+    if (powers.safe == CHUNK) token = chunks<CHUNK>(call, powers, tile, token, end, head, state);
+    if (powers.safe >= SHORT_CHUNK)
+      token = chunks<SHORT_CHUNK>(call, powers, tile, token, end, head, state);
   }
   for (; token < end; token++) {
     fill(call, nullptr, token, head, 1, tile);
