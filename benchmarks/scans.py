@@ -1,8 +1,9 @@
-"""Recurrences in C++ beside the token-by-token loop in torch, at the shape of a published model.
+"""Recurrences in C++ beside token-by-token loops in torch, at the shape of a published model.
 
     .venv/bin/python -m benchmarks.scans [--tokens 512] [--isa avx2]
 
-Prints milliseconds of one layer, the least of several runs, and the ratio.
+Prints milliseconds of one layer, the least of several runs, and the ratios: to our oracle, whose
+loop is five vectorized operations a token, and to what transformers runs without its CUDA kernels.
 """
 
 from __future__ import annotations
@@ -54,12 +55,27 @@ def mamba1(tokens: int, requests: int, dtype: torch.dtype, isa: str) -> None:
     for name, given in (("selective_scan", scan), ("causal_conv", conv)):
         theirs = getattr(reference, name)
         ours = getattr(cpu, name)
-        slow = milliseconds(lambda f=theirs, g=given: f(*g), 2)  # type: ignore[misc]
         fast = milliseconds(lambda f=ours, g=given: f(*g, isa=isa), 20)  # type: ignore[misc]
-        print(
-            f"{name:15} {requests:3} x {each:3} tokens  {str(dtype)[6:]:8} torch {slow:8.1f} ms"
-            f"  {isa} {fast:7.2f} ms  {slow / fast:6.0f} x"
-        )
+        slow = milliseconds(lambda f=theirs, g=given: f(*g), 2)  # type: ignore[misc]
+        line = f"{name:14} {requests:2} x {each:3} tokens  {str(dtype)[6:]:8}  {isa} {fast:6.2f} ms"
+        line += f"  oracle {slow:6.1f} ms, {slow / fast:3.0f} x"
+        if requests == 1 and name == "selective_scan":
+            theirs = milliseconds(lambda g=given: transformers_scan(*g), 2)  # type: ignore[misc]
+            line += f"  transformers {theirs:6.1f} ms, {theirs / fast:3.0f} x"
+        print(line)
+
+
+def transformers_scan(
+    x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
+    d: torch.Tensor, bias: torch.Tensor, gate: torch.Tensor, *_: object,
+) -> None:  # fmt: skip
+    """The loop of the transformers library, from zeros: columns are tokens there."""
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    rows = [m.T[None] for m in (x, dt, b, c, gate)]
+    mamba_selective_scan(
+        rows[0], rows[1], a, rows[2], rows[3], d, rows[4], bias, delta_softplus=True
+    )
 
 
 def main() -> None:

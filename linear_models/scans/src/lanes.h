@@ -190,6 +190,14 @@ SCAN_INLINE Vec decay(Vec x) {
 #endif
 }
 
+SCAN_INLINE float sum(Vec v) {
+  float part[LANES];
+  memcpy(part, &v, sizeof v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+}
+
 SCAN_INLINE Vec below(Vec x) { return x < 0.f ? x : -x; }  // -|x|
 
 SCAN_INLINE Vec silu(Vec x) {
