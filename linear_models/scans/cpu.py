@@ -92,6 +92,7 @@ def selective_scan(
     channels, size = a.shape
     _require(size <= MAX_SIZE, f"{size} states of a channel are more than {MAX_SIZE}")
     _require(states.stride(2) == 1, "states of a channel are not contiguous")
+    b, c = b.float(), c.float()  # small; every channel reads them
     _scans.selective_scan(
         isa,
         _batch(batch, states),

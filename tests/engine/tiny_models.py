@@ -16,6 +16,9 @@ SMALL = {
     "max_position_embeddings": 65536,
 }  # fmt: skip
 MAMBA2 = {"mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_chunk_size": 64}
+LINEAR = {
+    **IDS, "hidden_size": 64, "num_hidden_layers": 3, "expand": 2, "tie_word_embeddings": False,
+}  # fmt: skip
 # class of the configuration, and its arguments
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {
@@ -59,6 +62,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 2, "num_experts_per_tok": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
+    }),
+    "mamba": ("MambaConfig", {**LINEAR, "state_size": 16, "time_step_rank": 4}),
+    "falcon-mamba": ("FalconMambaConfig", {**LINEAR, "state_size": 16, "time_step_rank": 4}),
+    "mamba2": ("Mamba2Config", {
+        **LINEAR, "state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 64,
     }),
 }  # fmt: skip
 

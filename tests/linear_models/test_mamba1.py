@@ -100,7 +100,7 @@ def test_equals_the_definition(
     cuts=st.lists(st.integers(1, 29), max_size=4, unique=True), dtype=st.sampled_from(list(NEAR))
 )
 def test_chunks_are_the_whole(isa: str, cuts: list[int], dtype: torch.dtype) -> None:
-    """To the bit, for states are kept in float32 between chunks; so a decode is a prefill's."""
+    """To the bit, for states are kept in float32; but a lone token adds up in another order."""
     torch.manual_seed(0)
     p, t = parameters(24, 16, 4), tokens(30, 24, 16, dtype)
     for step, states in steps(p, torch.float32):
@@ -114,8 +114,9 @@ def test_chunks_are_the_whole(isa: str, cuts: list[int], dtype: torch.dtype) -> 
             )
             for a, b in pairwise(ends)
         ]  # fmt: skip
-        assert torch.equal(torch.cat(got), expected)
-        assert torch.equal(parts, whole)
+        near = NEAR[dtype] if min(b - a for a, b in pairwise(ends)) == 1 else 0
+        torch.testing.assert_close(torch.cat(got), expected, atol=near, rtol=near)
+        torch.testing.assert_close(parts, whole, atol=near, rtol=near)
 
 
 @isas

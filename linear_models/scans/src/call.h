@@ -39,7 +39,7 @@ struct Conv {
 struct SelectiveScan {
   Batch batch;
   Rows x, dt, b, c, gate, out;  // gate.data may be null
-  States states;                // rows are channels
+  States states;                // rows are channels; b and c are float32
   const float *a, *d, *bias;
   int channels, size;
 };

@@ -138,12 +138,76 @@ SCAN_INLINE Vec exp(Vec x) {
   return x < lowest ? Vec{} : p;
 }
 
-SCAN_INLINE Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
-SCAN_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+// 2^(x / STEPS) for x <= 0, about 2^-126 below that, within three units in the last place: a
+// table of 2^(j / STEPS) and a short polynomial, for few operations and none that wait
+#if defined(__AVX512F__)
+enum { STEPS = 32 };
+#elif defined(__AVX2__)
+enum { STEPS = 8 };
+#else
+enum { STEPS = 1 };
+#endif
+const float LN2 = 0.69314718f, LOG2E = 1.44269504f;
+
+#if defined(__AVX2__)
+// bits of 2^(j / 32), less what the shifted j adds to them
+static const uint32_t POWERS[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+#endif
+
+SCAN_INLINE Vec decay(Vec x) {
+#if defined(__AVX512F__)
+  x = bits<Vec>(_mm512_max_ps(_mm512_set1_ps(-126.f * STEPS), bits<__m512>(x)));  // NaN stays
+#elif defined(__AVX2__)
+  x = bits<Vec>(_mm256_max_ps(_mm256_set1_ps(-126.f * STEPS), bits<__m256>(x)));
+#else
+  return exp(x * LN2);
+#endif
+#if defined(__AVX2__)
+  // the middle of 2^23's binade has whole numbers only: adding it rounds to one, which then
+  // stands in the lowest bits
+  const float round = 12582912.f;
+  const Vec m = x + round, r = x - (m - round);
+  const WordVec n = bits<WordVec>(m);
+  const float c = LN2 / STEPS;  // of e^(c r)
+#if defined(__AVX512F__)
+  const __m512i power = _mm512_permutex2var_epi32(_mm512_loadu_si512(POWERS), bits<__m512i>(n),
+                                                  _mm512_loadu_si512(POWERS + 16));
+  const Vec whole = bits<Vec>(bits<WordVec>(power) + (n << 18));
+  // c r + (c r)^2 / 2, with what a cube adds on the average of |r| <= 1/2
+  const Vec part = r * (r * (c * c / 2) + c * (1 + c * c / 32));
+#else
+  const WordVec eighths = {POWERS[0],  POWERS[4],  POWERS[8],  POWERS[12],
+                           POWERS[16], POWERS[20], POWERS[24], POWERS[28]};
+  const __m256i power = _mm256_permutevar8x32_epi32(bits<__m256i>(eighths), bits<__m256i>(n));
+  const Vec whole = bits<Vec>(bits<WordVec>(power) + (n << 20));
+  const Vec part = r * (r * (r * (c * c * c / 6) + c * c / 2) + c);
+#endif
+  return whole * part + whole;
+#endif
+}
+
+SCAN_INLINE float sum(Vec v) {
+  float part[LANES];
+  memcpy(part, &v, sizeof v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+}
+
+SCAN_INLINE Vec below(Vec x) { return x < 0.f ? x : -x; }  // -|x|
+
+SCAN_INLINE Vec silu(Vec x) {
+  const Vec y = decay(below(x) * (LOG2E * STEPS));
+  return x * (x < 0.f ? y : all(1.f)) / (1.f + y);
+}
 
 // log(1 + e^x) = max(x, 0) + 2 atanh(y / (2 + y)), y = e^-|x|
 SCAN_INLINE Vec softplus(Vec x) {
-  const Vec y = exp(x < 0.f ? x : -x), s = y / (2.f + y), q = s * s;
+  const Vec y = decay(below(x) * (LOG2E * STEPS)), s = y / (2.f + y), q = s * s;
   Vec p = q * (1.f / 13) + 1.f / 11;
   p = p * q + 1.f / 9;
   p = p * q + 1.f / 7;
