@@ -7,7 +7,11 @@ asks for it. ``register_layers`` runs in a worker, before its model is made.
 from __future__ import annotations
 
 # architecture of a config.json -> module:class
-ARCHITECTURES: dict[str, str] = {}
+ARCHITECTURES: dict[str, str] = {
+    "RecurrentGemmaForCausalLM": "linear_models.recurrent_gemma:RecurrentGemmaForCausalLM",
+    "Rwkv5ForCausalLM": "linear_models.rwkv5:Rwkv5ForCausalLM",
+}
+ATTENTION_FREE = ("Rwkv5ForCausalLM",)  # vLLM sizes the states of others by itself
 
 
 def register() -> None:
@@ -17,7 +21,12 @@ def register() -> None:
     if not ARCHITECTURES or not current_platform.is_cpu():
         return
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
+    from linear_models.configs import register_configs
+
+    register_configs()
+    MODELS_CONFIG_MAP.update(dict.fromkeys(ATTENTION_FREE, MambaModelConfig))
     for name, address in ARCHITECTURES.items():
         ModelRegistry.register_model(name, address)
 

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from linear_models.scans.batch import Batch
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata
 
 
@@ -42,3 +43,17 @@ def _batch(metadata: BaseMambaAttentionMetadata) -> Batch:
         torch.where(found == NULL_BLOCK_ID, -1, found),
         torch.cat(has),
     )
+
+
+def refuse_ranks(vllm_config: VllmConfig) -> None:
+    """Refuse tensor parallelism, for a model whose recurrences are not split.
+
+    Raises:
+        ValueError: naming the flag.
+
+    """
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"{vllm_config.model_config.model} runs on one rank: its recurrences are not split; "
+            "drop --tensor-parallel-size"
+        )

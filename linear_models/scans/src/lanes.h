@@ -191,11 +191,11 @@ SCAN_INLINE Vec decay(Vec x) {
 }
 
 SCAN_INLINE float sum(Vec v) {
-  float part[LANES];
+  typedef float Four __attribute__((vector_size(16)));
+  Four part[LANES / 4];
   memcpy(part, &v, sizeof v);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) part[i] += part[i + width];
-  return part[0];
+  for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
+  return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
 SCAN_INLINE Vec below(Vec x) { return x < 0.f ? x : -x; }  // -|x|

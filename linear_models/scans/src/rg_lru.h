@@ -4,35 +4,18 @@
 
 enum { CHANNELS = 256 };  // of a thread at once
 
-// e^x for |x| <= 87, without what the general one does for others
-SCAN_INLINE Vec exp_within(Vec x) {
-  const float round = 12582912.f;
-  const Vec whole = x * 1.44269504f + round, n = whole - round;  // its last bits hold n
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * 1.38888889e-3f + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = (p * r + 1.f) * r + 1.f;
-  return bits<Vec>(bits<IntVec>(p) + (bits<IntVec>(whole) << 23));
-}
-
-SCAN_INLINE Vec limit(Vec x, float low, float high) {  // NaN stays
-  const Vec y = x < low ? all(low) : x;
-  return y > high ? all(high) : y;
-}
-
 // one token of n channels from item i on; FLOATS: all rows are float32
 template <bool FLOATS>
 SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, Vec& h) {
   const auto dtype = [](const Rows& rows) { return FLOATS ? Dtype::f32 : rows.dtype; };
   const auto item = [&](const Rows& rows) { return load(row(rows, t), i, dtype(rows), n); };
-  // two sigmoids with one division; below e^-40 they are nothing
-  const Vec in = 1.f + exp_within(limit(-item(call.input_gate), -40.f, 40.f));
-  const Vec keep = 1.f + exp_within(limit(-item(call.gate), -40.f, 40.f));
-  const Vec both = 1.f / (in * keep);
-  const Vec a = exp_within(limit(load(call.rate + i, n) * both * in, -87.f, 0.f));
-  Vec u = item(call.x) * both * keep;
+  // two sigmoids with one division: that of x is e^-|x| or 1 over 1 + e^-|x|
+  const Vec in = item(call.input_gate), keep = item(call.gate);
+  const Vec y = decay(below(in) * (LOG2E * STEPS)), z = decay(below(keep) * (LOG2E * STEPS));
+  const Vec both = 1.f / ((1.f + y) * (1.f + z));
+  const Vec open = (keep < 0.f ? z : all(1.f)) * both * (1.f + y);
+  const Vec a = exp(load(call.rate + i, n) * open);  // near one: the root needs its last bits
+  Vec u = item(call.x) * (in < 0.f ? y : all(1.f)) * both * (1.f + z);
   if (!starts) u *= root(1.f - a * a);
   h = a * h + u;
   store((char*)row(call.out, t), i, dtype(call.out), n, h);

@@ -23,13 +23,7 @@ struct Powers {
   alignas(64) float before[(CHUNK + 1) * MAX_HEAD], inverse[CHUNK * MAX_HEAD];
 };
 
-SCAN_INLINE float sum(Vec v) {
-  float four[4] = {};
-  for (int i = 0; i < LANES; i++) four[i % 4] += v[i];
-  return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-static void powers_of(const float* decay, int size, Powers& powers) {
+static void powers_of(const float* decays, int size, Powers& powers) {
   const double least = 1e-30;  // keys below 1e8 stay floats
   powers.safe = CHUNK;
   for (int i = 0; i < size; i++) {
@@ -38,7 +32,7 @@ static void powers_of(const float* decay, int size, Powers& powers) {
       powers.before[t * size + i] = float(power);
       if (t) powers.inverse[(t - 1) * size + i] = float(1 / power);
       if (!(power >= least)) powers.safe = at_most(powers.safe, t - 1);
-      power *= decay[i];
+      power *= decays[i];
     }
   }
 }
@@ -73,7 +67,7 @@ SCAN_INLINE void fetch(const Rows* rows, int64_t token, int64_t end, int first, 
 }
 
 template <int COUNT>
-static void advance(const Wkv5& call, const Tile& tile, const float* decay, int64_t token, int64_t end,
+static void advance(const Wkv5& call, const Tile& tile, const float* decays, int64_t token, int64_t end,
                     int head, float* state) {
   const int size = call.size, first = head * size;
   const Rows* next[] = {&call.r, &call.k, &call.v, &call.out};
@@ -91,10 +85,10 @@ static void advance(const Wkv5& call, const Tile& tile, const float* decay, int6
       Vec s = load(at, LANES);
       for (int t = 0; t < COUNT; t++) {
         out[t] += s * tile.r[t * size + i];
-        if (COUNT == 1) s *= decay[i];
+        if (COUNT == 1) s *= decays[i];
         s += value[t] * tile.k[t * size + i];
       }
-      if (COUNT > 1) s *= decay[i];
+      if (COUNT > 1) s *= decays[i];
       memcpy(at, &s, sizeof s);
     }
     for (int t = 0; t < COUNT; t++)
@@ -116,7 +110,7 @@ static int64_t chunks(const Wkv5& call, const Powers& powers, Tile& tile, int64_
 static void wkv5_head(const Wkv5& call, int seq, int head) {
   const Batch& batch = call.batch;
   const int size = call.size, slot_index = batch.slots[seq];
-  const float* decay = call.decay + head * size;
+  const float* decays = call.decay + head * size;
   alignas(64) float own[MAX_HEAD * MAX_HEAD];
   float* state = own;
   if (slot_index >= 0) state = (float*)slot(call.states, slot_index) + int64_t(head) * size * size;
@@ -126,14 +120,14 @@ static void wkv5_head(const Wkv5& call, int seq, int head) {
   Tile tile;
   if (end - token >= SHORT_CHUNK) {
     Powers powers;
-    powers_of(decay, size, powers);
+    powers_of(decays, size, powers);
     if (powers.safe == CHUNK) token = chunks<CHUNK>(call, powers, tile, token, end, head, state);
     if (powers.safe >= SHORT_CHUNK)
       token = chunks<SHORT_CHUNK>(call, powers, tile, token, end, head, state);
   }
   for (; token < end; token++) {
     fill(call, nullptr, token, head, 1, tile);
-    advance<1>(call, tile, decay, token, end, head, state);
+    advance<1>(call, tile, decays, token, end, head, state);
   }
 }
 
