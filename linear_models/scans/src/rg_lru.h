@@ -4,6 +4,20 @@
 
 enum { CHANNELS = 256 };  // of a thread at once
 
+// e^x for x <= 0, or e^-87 below; near zero to the last bit, which a root of 1 - a^2 needs
+SCAN_INLINE Vec shrink(Vec x) {
+  const float round = 12582912.f;
+  x = x < -87.f ? all(-87.f) : x;
+  const Vec whole = x * LOG2E + round, n = whole - round;  // its last bits hold n
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = (p * r + 1.f) * r + 1.f;
+  return bits<Vec>(bits<IntVec>(p) + (bits<IntVec>(whole) << 23));
+}
+
 // one token of n channels from item i on; FLOATS: all rows are float32
 template <bool FLOATS>
 SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, Vec& h) {
@@ -14,7 +28,7 @@ SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, V
   const Vec y = decay(below(in) * (LOG2E * STEPS)), z = decay(below(keep) * (LOG2E * STEPS));
   const Vec both = 1.f / ((1.f + y) * (1.f + z));
   const Vec open = (keep < 0.f ? z : all(1.f)) * both * (1.f + y);
-  const Vec a = exp(load(call.rate + i, n) * open);  // near one: the root needs its last bits
+  const Vec a = shrink(load(call.rate + i, n) * open);
   Vec u = item(call.x) * (in < 0.f ? y : all(1.f)) * both * (1.f + z);
   if (!starts) u *= root(1.f - a * a);
   h = a * h + u;
