@@ -71,8 +71,8 @@ class ServerState:
         found = ModelShape.of(model.hf_text_config, model.dtype, states)
         return Shape(
             layers=found.layers,
-            num_kv_heads=model.get_total_num_kv_heads(),
-            head_size=model.get_head_size(),
+            num_kv_heads=model.get_total_num_kv_heads() if found.layers else 0,
+            head_size=model.get_head_size() if found.layers else 0,
             dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             constant_bytes=found.constant_bytes,
         )

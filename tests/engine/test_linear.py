@@ -54,7 +54,7 @@ def test_samples_logprobs_and_preemption(program: Program, models: dict[str, str
     prompts = [[*PROMPTS[0][i : i + 250]] for i in range(0, 300, 50)]
     got = program(
         "generate", model=models["mamba"], policy=None, prompts=prompts, max_tokens=24,
-        sampling={"n": 2, "temperature": 1.0, "top_k": 1}, kv_cache_memory_bytes=30 * 9728 * 3,
+        sampling={"n": 2, "temperature": 1.0, "top_k": 1}, kv_cache_memory_bytes=14 * 9728 * 3,
         **CACHED,
     )  # fmt: skip
     assert got["preemptions"] > 0
@@ -70,7 +70,7 @@ def test_samples_logprobs_and_preemption(program: Program, models: dict[str, str
 def test_a_storm_leaves_every_state_free(program: Program, models: dict[str, str]) -> None:
     result = program(
         "storm", model=models["mamba"], policy=None, requests=80, seed=5, max_model_len=1024,
-        kv_cache_memory_bytes=30 * 9728 * 3, methods=[None], longest=600, **CACHED,
+        kv_cache_memory_bytes=14 * 9728 * 3, methods=[None], longest=600, **CACHED,
     )  # fmt: skip
     assert result["finished"] + result["cancelled"] == 80
     assert result["cancelled"] > 5
