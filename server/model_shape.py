@@ -131,7 +131,7 @@ def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
         channels = heads * width + 2 * first("mamba_n_groups", "n_groups") * state
         size = heads * width * state
     else:
-        channels = first("mamba_expand", default=2) * config.hidden_size
-        channels = config.intermediate_size if alone else channels
+        channels = first("mamba_expand", "expand", default=2) * first("hidden_size")
+        channels = first("intermediate_size", default=channels) if alone else channels
         size = channels * state
     return tail * channels * dtype.itemsize + size * recurrent.itemsize
