@@ -45,7 +45,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", FAMILIES["gemma2"][1]),
     "gemma3n_text": ("Gemma3nForCausalLM", SHARED),
     "mamba2": ("Mamba2ForCausalLM", MAMBA2),
-    "jamba": ("JambaForCausalLM", FAMILIES["jamba"][1]),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", FAMILIES["granite4"][1]),
     "qwen3_next": ("Qwen3NextForCausalLM", FAMILIES["qwen3-next"][1]),
 }
@@ -70,7 +69,6 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("gemma2", "expected-attention(budget=64)", {}, "has a logit soft cap of 5.0"),
     ("gemma3n_text", "fp16", {}, "KV caches shared between layers; layer 3 is one"),
     ("mamba2", "fp16", {}, "attention-free models"),
-    ("jamba", "fp16", {}, "is of Mamba 1, whose scan"),
     ("granitemoehybrid", "kivi-2bit+layers(first=1,last=0)", {}, "layers of another kind"),
     ("qwen3_next", "fp16", {}, "give --dtype bfloat16"),
     # the last one: what vLLM imports for it keeps other engines of the process from starting

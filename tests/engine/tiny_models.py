@@ -68,6 +68,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("Mamba2Config", {
         **LINEAR, "state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 64,
     }),
+    # state-spaces/mamba-2.8b-hf with one layer of 64
+    "mamba-2.8b": ("MambaConfig", {
+        "hidden_size": 2560, "num_hidden_layers": 1, "vocab_size": 50280, "state_size": 16,
+        "pad_vocab_size_multiple": 8, "time_step_rank": 160, "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
 
 
@@ -94,18 +100,23 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
     return str(folder)
 
 
-def agree(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
-    """How many tokens of each answer are those that transformers chooses, in float32.
-
-    A token is compared after the answer's tokens before it: all are the same where all agree.
-    """
+def logprobs(folder: str, prompt: list[int], answer: list[int]) -> tuple[list[float], list[int]]:
+    """Of each token of an answer after those before it, in float32; and the likeliest tokens."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    counts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-        chosen = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        counts.append(sum(a == b for a, b in zip(chosen, answer, strict=True)))
-    return counts
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    found = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return [float(row[t]) for row, t in zip(found, answer, strict=True)], found.argmax(-1).tolist()
+
+
+def agree(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
+    """How many tokens of each answer are those that transformers chooses.
+
+    A token is compared after the answer's tokens before it: all are the same where all agree.
+    """
+    return [
+        sum(a == b for a, b in zip(logprobs(folder, prompt, answer)[1], answer, strict=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
