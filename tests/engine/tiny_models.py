@@ -68,6 +68,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("Mamba2Config", {
         **LINEAR, "state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 64,
     }),
+    "recurrent-gemma": ("RecurrentGemmaConfig", {
+        **SMALL, "num_hidden_layers": 5, "intermediate_size": 128, "num_attention_heads": 2,
+        "hidden_size": 128, "attention_window_size": 256,
+    }),
     # state-spaces/mamba-2.8b-hf with one layer of 64
     "mamba-2.8b": ("MambaConfig", {
         "hidden_size": 2560, "num_hidden_layers": 1, "vocab_size": 50280, "state_size": 16,
