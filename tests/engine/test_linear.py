@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
+import openai
 import pytest
 import torch
 
+from loadtest.commands.process import running_server
 from server.model_shape import ModelShape
+from tests.engine.conftest import FLAGS
 from tests.engine.tiny_models import agree, logprobs, make_model
 
 if TYPE_CHECKING:
@@ -77,3 +81,32 @@ def test_a_storm_leaves_every_state_free(program: Program, models: dict[str, str
     assert result["preemptions"] > 0
     assert result["owned_twice"] == 0
     assert result["leaked"] == 0
+
+
+def test_a_server_says_what_a_state_takes_and_why_it_has_no_policy(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    states = ModelShape.from_folder(Path(models["mamba"]), torch.float32).constant_bytes
+    arguments = [models["mamba"], *FLAGS, "--dtype", "float32", "--served-model-name", "m"]
+    with running_server(arguments, tmp_path / "log") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        asked: dict[str, Any] = {"model": "m", "prompt": PROMPTS[2], "max_tokens": 5}
+        held = {
+            "policy": "none", "prompt_tokens": 40, "cached_tokens": 0, "computed_tokens": 44,
+            "kept_tokens": 0, "pages": 0, "bytes": states, "compression_ratio": None,
+        }  # fmt: skip
+        more = {"extra_body": {"ignore_eos": True}}
+        assert client.completions.create(**asked, **more).usage.kv_cache == held  # type: ignore[union-attr]
+        stream = client.completions.create(
+            **asked, **more, stream=True, stream_options={"include_usage": True}
+        )
+        assert list(stream)[-1].usage.kv_cache == held
+        with pytest.raises(openai.BadRequestError, match="has no attention"):
+            client.completions.create(**{**asked, "model": "m@snapkv"})
+        stats = httpx.get(f"{server.url}/v1/cache_policies/stats")
+        assert (stats.status_code, "has no attention" in stats.text) == (503, True)
+        sizes = httpx.post(f"{server.url}/v1/cache_policies/estimate", json={"policies": ["fp16"]})
+        assert sizes.json()["estimates"][0]["constant_bytes"] == states
+        assert sizes.json()["estimates"][0]["bytes_per_token"] == 0
+        assert "has no attention" in httpx.get(f"{server.url}/policies").text
+        assert "vllm:kv_cache_usage_perc" in httpx.get(f"{server.url}/metrics").text
