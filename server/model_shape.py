@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WINDOW_PAGE = 128  # tokens; vLLM's block on a CPU
 LOCAL = ("sliding_attention", "chunked_attention")
+ATTENTION_FREE = ("rwkv5",)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ModelShape:
             return cls.of(SimpleNamespace(**found), dtype)
         from transformers import AutoConfig  # knows the kinds of layers that a file leaves out
 
+        from linear_models.configs import register_configs
+
+        register_configs()
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return cls.of(config.get_text_config(), dtype)
 
@@ -59,7 +63,11 @@ class ModelShape:
             states: vLLM's ``mamba_ssm_cache_dtype``, where an engine has settled it.
 
         """
-        state = state_bytes(config, dtype, _recurrent(config, dtype, states))
+        state = float32_state_bytes(config, dtype)
+        if state is None:
+            state = state_bytes(config, dtype, _recurrent(config, dtype, states))
+        if getattr(config, "model_type", None) in ATTENTION_FREE:
+            return cls(0, 0, 0, dtype, config.num_hidden_layers * state)
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
             return cls(0, 0, 0, dtype, config.num_hidden_layers * state)
@@ -81,9 +89,12 @@ def _kinds(config: Any) -> Iterator[str]:
     if listed is None:
         yield from ("full",) * config.num_hidden_layers
         return
+    griffin = getattr(config, "model_type", None) == "recurrent_gemma"
     for name in listed:
         if name in LOCAL:
             yield name
+        elif griffin and name == "attention":
+            yield "sliding_attention"
         elif "attention" in name and "linear" not in name:
             yield "full"
         elif name not in {"mlp", "moe"}:
@@ -135,3 +146,18 @@ def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
         channels = first("intermediate_size", default=channels) if alone else channels
         size = channels * state
     return tail * channels * dtype.itemsize + size * recurrent.itemsize
+
+
+def float32_state_bytes(config: Any, dtype: torch.dtype) -> int | None:
+    """Bytes of the state of one layer whose recurrence is in float32; none for other models.
+
+    Sources: RWKV-5, arXiv 2404.05892; Griffin, arXiv 2402.19427.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind == "rwkv5":  # matrices of all heads, and a token before each of two mixes
+        matrices = config.attention_hidden_size * config.head_size
+        return matrices * 4 + 2 * config.hidden_size * dtype.itemsize
+    if kind == "recurrent_gemma":
+        tail = (config.conv1d_width - 1) * config.lru_width
+        return tail * dtype.itemsize + config.lru_width * 4
+    return None

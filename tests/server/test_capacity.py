@@ -17,6 +17,7 @@ from server.cli import app
 from server.model_shape import ModelShape
 from server.models import ModelError, get_model, model_path, resolve
 from tests.engine.tiny_models import FAMILIES
+from tests.engine.tiny_rwkv import RWKV5
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,6 +177,21 @@ def test_a_model_without_attention_is_a_constant(
         assert (found.requests, found.bytes_per_token, found.ratio) == (10, 0, 1)
     with pytest.raises(PolicyError, match="no layers with a cache"):
         capacity(parse("fp16"), replace(shape, constant_bytes=0), 2**30, 8192)
+
+
+def test_rwkv5_is_a_constant(tmp_path: Path) -> None:
+    """Published sizes; the file says a head's size where the number of heads is meant."""
+    text = {**RWKV5, "hidden_size": 2048, "attention_hidden_size": 2048, "num_hidden_layers": 24}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    shape = ModelShape.from_folder(tmp_path, torch.bfloat16)
+    assert (shape.layers, shape.constant_bytes) == (0, 24 * (32 * 64 * 64 * 4 + 2 * 2048 * 2))
+
+
+def test_recurrent_gemma_is_windows_and_states() -> None:
+    config = transformers.RecurrentGemmaConfig(num_key_value_heads=1)  # recurrentgemma-2b
+    shape = ModelShape.of(config, torch.bfloat16)
+    windows, states = 8 * 2 * 256 * 2 * 2176, 18 * (3 * 2560 * 2 + 2560 * 4)
+    assert (shape.layers, shape.constant_bytes) == (0, windows + states)
 
 
 def test_the_policies_command_knows_models_without_attention(tmp_path: Path) -> None:
