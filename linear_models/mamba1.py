@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.forward_context import get_forward_context
@@ -26,7 +26,7 @@ class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
         super().__init__(*given, **named)
         if self.activation not in {"silu", "swish"}:
             raise ValueError(f"layer {self.prefix}: activation {self.activation!r} is not silu")
-        self._floats: dict[str, torch.Tensor] = {}
+        self._small: _Small | None = None
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         """Run the layer: ``[tokens, hidden]`` to ``output`` of the same shape."""
@@ -46,25 +46,35 @@ class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
         conv, states = self.kv_cache
         if is_conv_state_dim_first():
             conv = conv.transpose(-1, -2)
+        small = self._small = self._small or self._converted()
         convolved = torch.empty(x.shape, dtype=x.dtype)
-        cpu.causal_conv(
-            x, self._float("conv1d.weight"), self._float("conv1d.bias"), conv, batch, convolved
-        )
+        cpu.causal_conv(x, small.weight, small.conv_bias, conv, batch, convolved)
         dt, b, c = self._ssm_transform(convolved)
         out = torch.empty_like(convolved)
         cpu.selective_scan(
-            convolved, dt.transpose(-2, -1), self.A, b, c, self._float("D"),
-            self._float("dt_proj.bias"), gate, states, batch, out,
+            convolved, dt.transpose(-2, -1), self.A, b, c, small.d, small.dt_bias, gate, states,
+            batch, out,
         )  # fmt: skip
         return out
 
-    def _float(self, name: str) -> torch.Tensor | None:
-        """A small parameter in float32, converted once: weights do not change while serving."""
-        if name not in self._floats:
-            owner, _, leaf = name.rpartition(".")
-            found = getattr(self.get_submodule(owner), leaf)
-            if found is None:
-                return None
-            found = found.detach().float()
-            self._floats[name] = (found.squeeze(1) if found.dim() > 1 else found).contiguous()
-        return self._floats[name]
+    def _converted(self) -> _Small:
+        """Once: weights do not change while serving."""
+        return _Small(
+            self.conv1d.weight.detach().float().squeeze(1).contiguous(),
+            _float(self.conv1d.bias),
+            self.D.detach().float(),
+            _float(self.dt_proj.bias),
+        )
+
+
+class _Small(NamedTuple):
+    """The layer's small parameters, in float32."""
+
+    weight: torch.Tensor
+    conv_bias: torch.Tensor | None
+    d: torch.Tensor
+    dt_bias: torch.Tensor | None
+
+
+def _float(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.detach().float()
