@@ -5,15 +5,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
+from cache_policies.errors import PolicyError
 from linear_models.scans import cpu
-from linear_models.steps import batch_of
+from linear_models.steps import batch_of, refuse_speculation
 
 if TYPE_CHECKING:
     from linear_models.scans.batch import Batch
+
+
+def refuse_layer(prefix: str, activation: str, width: int, size: int) -> None:
+    """Refuse what the kernels do not compute.
+
+    Args:
+        prefix: name of the layer.
+        activation: after the convolution.
+        width: tokens of the convolution.
+        size: states of a channel.
+
+    Raises:
+        PolicyError: naming the layer.
+
+    """
+    reasons = (
+        (activation not in {"silu", "swish"}, f"activation {activation!r}, which is not silu"),
+        (not 2 <= width <= cpu.MAX_WIDTH, f"a convolution over {width} tokens"),
+        (size > cpu.MAX_SIZE, f"{size} states of a channel"),
+    )
+    for found, reason in reasons:
+        if found:
+            raise PolicyError(f"the Mamba 1 scan for CPUs does not know {reason}; {prefix} has it")
 
 
 class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
@@ -24,8 +49,8 @@ class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        if self.activation not in {"silu", "swish"}:
-            raise ValueError(f"layer {self.prefix}: activation {self.activation!r} is not silu")
+        refuse_layer(self.prefix, self.activation, self.conv_kernel_size, self.ssm_state_size)
+        refuse_speculation(get_current_vllm_config())
         self._small: _Small | None = None
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
