@@ -93,7 +93,9 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.dim() >= 2 and "A_log" not in key and "conv" not in key:
-                weight.normal_(0, 0.08)
+                # scaled embeddings would outweigh what RecurrentGemma's layers add to them
+                strong = family == "recurrent-gemma" and "embed" not in key
+                weight.normal_(0, 0.25 if strong else 0.08)
             if "sinks" in key:
                 weight.normal_(0, 1)
     model.generation_config = transformers.GenerationConfig()

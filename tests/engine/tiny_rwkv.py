@@ -74,10 +74,10 @@ def _published(name: str) -> str:
 
 def agree_rwkv(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
     """How many tokens of each answer are those that the package chooses, in float32."""
-    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}  # read by the import
     from rwkv.model import RWKV
 
-    model = RWKV(model=str(Path(folder) / AUTHORS), strategy="cpu fp32")
+    model = RWKV(model=str(Path(folder) / AUTHORS), strategy="cpu fp32", verbose=False)
     counts = []
     for prompt, answer in zip(prompts, answers, strict=True):
         logits, _ = model.forward(prompt + answer, None, full_output=True)
