@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.scans [--tokens 512] [--isa avx2]
 
 Prints milliseconds of one layer, the least of several runs, and the ratios: to our oracle, whose
-loop is five vectorized operations a token, and to what transformers runs without its CUDA kernels.
+loop is a few vectorized operations a token, and to what transformers runs without its CUDA kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHANNELS, SIZE, WIDTH = 5120, 16, 4  # mamba-2.8b
+HEADS, HEAD = 32, 64  # rwkv-5-world-1b5
+LRU = 2560  # recurrentgemma-2b
 
 
 def milliseconds(run: Callable[[], None], times: int) -> float:
@@ -65,6 +67,35 @@ def mamba1(tokens: int, requests: int, dtype: torch.dtype, isa: str) -> None:
         print(line)
 
 
+def one_request(tokens: int) -> Batch:
+    """All tokens are of one request, whose state is there."""
+    ends, slot = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    return Batch(ends, slot, torch.ones(1, dtype=torch.bool))
+
+
+def wkv5(tokens: int, isa: str) -> None:
+    """Time RWKV-5's recurrence, at decays from where training begins to ten times as fast."""
+    inputs = [torch.randn(tokens, HEADS * HEAD) for _ in range(4)]
+    decay = torch.exp(-torch.exp(torch.rand(HEADS, HEAD) * 7 - 6))
+    given = (*inputs[:3], decay, torch.randn(HEADS, HEAD), torch.zeros(1, HEADS, HEAD, HEAD))
+    _beside_oracle("wkv5", (*given, one_request(tokens), inputs[3]), tokens, isa)
+
+
+def rg_lru(tokens: int, isa: str) -> None:
+    """Time Griffin's recurrence with its sigmoids, exponential and root, without its products."""
+    inputs = [torch.randn(tokens, LRU) for _ in range(4)]
+    rate = -8 * torch.nn.functional.softplus(torch.randn(LRU) - 5)
+    given = (*inputs[:3], rate, torch.zeros(1, LRU))
+    _beside_oracle("rg_lru", (*given, one_request(tokens), inputs[3]), tokens, isa)
+
+
+def _beside_oracle(name: str, given: tuple[Any, ...], tokens: int, isa: str) -> None:
+    fast = milliseconds(lambda: getattr(cpu, name)(*given, isa=isa), 20)
+    slow = milliseconds(lambda: getattr(reference, name)(*given), 5)
+    line = f"{name:14}  1 x {tokens:3} tokens  float32   {isa} {fast:6.2f} ms"
+    print(f"{line}  oracle {slow:6.1f} ms, {slow / fast:4.1f} x")
+
+
 def transformers_scan(
     x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
     d: torch.Tensor, bias: torch.Tensor, gate: torch.Tensor, *_: object,
@@ -89,6 +120,8 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         mamba1(asked.tokens, 1, dtype, asked.isa)
     mamba1(32, 32, torch.bfloat16, asked.isa)
+    wkv5(asked.tokens, asked.isa)
+    rg_lru(asked.tokens, asked.isa)
 
 
 if __name__ == "__main__":

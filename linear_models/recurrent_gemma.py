@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linear_models.scans import cpu
-from linear_models.steps import batch_of, refuse_ranks
+from linear_models.steps import batch_of, refuse_ranks, refuse_speculation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -240,6 +240,7 @@ class RecurrentGemmaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMamb
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         refuse_ranks(vllm_config)
+        refuse_speculation(vllm_config)
         config = self.config = vllm_config.model_config.hf_config
         self.model = RecurrentGemmaModel(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = self.model.embed_tokens

@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linear_models.scans import cpu
 from linear_models.scans.shift import token_shift
-from linear_models.steps import batch_of, refuse_ranks
+from linear_models.steps import batch_of, refuse_ranks, refuse_speculation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -205,6 +205,7 @@ class Rwkv5ForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaP
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         refuse_ranks(vllm_config)
+        refuse_speculation(vllm_config)
         config = self.config = vllm_config.model_config.hf_config
         self.rwkv = Rwkv5Model(vllm_config, maybe_prefix(prefix, "rwkv"))
         self.head = ParallelLMHead(

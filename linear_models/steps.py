@@ -65,11 +65,11 @@ def refuse_ranks(vllm_config: VllmConfig) -> None:
     """Refuse tensor parallelism, for a model whose recurrences are not split.
 
     Raises:
-        ValueError: naming the flag.
+        PolicyError: naming the flag.
 
     """
     if vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise ValueError(
+        raise PolicyError(
             f"{vllm_config.model_config.model} runs on one rank: its recurrences are not split; "
             "drop --tensor-parallel-size"
         )

@@ -40,9 +40,10 @@ class StockBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         policy, kinds = settings(vllm_config) is not None, kinds_of(vllm_config)
         if policy and not kinds.ours and vllm_config.parallel_config.pipeline_parallel_size == 1:
+            model = vllm_config.model_config.model
             raise PolicyError(
-                f"a cache policy is for layers of full attention, and {vllm_config.model_config.model}"
-                " has none: its cache does not grow; drop the policy"
+                f"a cache policy is for layers of full attention, and {model} has none: its cache "
+                "does not grow; drop the policy"
             )
         beside = policy or bool(kinds.states and kinds.windows)
         self._zeroes = beside and not self.is_encoder_only_attention
