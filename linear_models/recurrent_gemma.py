@@ -67,7 +67,7 @@ def _empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
-class Gates(nn.Module):  # type: ignore[misc]
+class Gates(nn.Module):
     """The recurrence and its gates, whose weights are blocks of channels."""
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
@@ -75,9 +75,10 @@ class Gates(nn.Module):  # type: ignore[misc]
         heads, width = config.num_attention_heads, config.lru_width
         block = width // heads
         self.recurrent_param = _empty(width, dtype=torch.float32)
-        for gate in ("input_gate", "recurrent_gate"):
-            self.register_parameter(f"{gate}_weight", _empty(heads, block, block))
-            self.register_parameter(f"{gate}_bias", _empty(heads, block))
+        self.input_gate_weight = _empty(heads, block, block)
+        self.input_gate_bias = _empty(heads, block)
+        self.recurrent_gate_weight = _empty(heads, block, block)
+        self.recurrent_gate_bias = _empty(heads, block)
 
     def forward(self, x: torch.Tensor, states: torch.Tensor, batch: Batch) -> None:
         """Run on ``[tokens, channels]``, in place."""
@@ -93,6 +94,15 @@ class Gates(nn.Module):  # type: ignore[misc]
         cpu.rg_lru(x, input_gate, gate, rate, states, batch, x)
 
 
+class Convolution(nn.Module):
+    """Weights of one over time, of each channel for itself."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self.weight = _empty(config.lru_width, 1, config.conv1d_width, dtype=torch.float32)
+        self.bias = _empty(config.lru_width, dtype=torch.float32)
+
+
 class RecurrentBlock(nn.Module, MambaBase):  # type: ignore[misc]
     """Convolution and recurrence beside a gate."""
 
@@ -104,9 +114,7 @@ class RecurrentBlock(nn.Module, MambaBase):  # type: ignore[misc]
         self.linear_y = _linear(hidden, width, True, f"{prefix}.linear_y", vllm_config)
         self.linear_x = _linear(hidden, width, True, f"{prefix}.linear_x", vllm_config)
         self.linear_out = _linear(width, hidden, True, f"{prefix}.linear_out", vllm_config)
-        self.conv_1d = nn.Module()
-        self.conv_1d.weight = _empty(width, 1, config.conv1d_width, dtype=torch.float32)
-        self.conv_1d.bias = _empty(width, dtype=torch.float32)
+        self.conv_1d = Convolution(config)
         self.rg_lru = Gates(config)
         self.act_fn = get_act_fn(config.hidden_activation)
         self.kv_cache = (torch.empty(0), torch.empty(0))
@@ -137,7 +145,7 @@ class RecurrentBlock(nn.Module, MambaBase):  # type: ignore[misc]
         return self.linear_out(mixed * gate)
 
 
-class AttentionBlock(nn.Module):  # type: ignore[misc]
+class AttentionBlock(nn.Module):
     """Attention to the last ``attention_window_size`` tokens."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -145,11 +153,14 @@ class AttentionBlock(nn.Module):  # type: ignore[misc]
         config: RecurrentGemmaConfig = vllm_config.model_config.hf_config
         hidden, size = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            name = f"{name}_proj"  # noqa: PLW2901
+
+        def projection(name: str, count: int) -> ReplicatedLinear:
             bias = config.attention_bias
-            linear = _linear(hidden, count * size, bias, f"{prefix}.{name}", vllm_config)
-            self.add_module(name, linear)
+            return _linear(hidden, count * size, bias, f"{prefix}.{name}", vllm_config)
+
+        self.q_proj = projection("q_proj", heads)
+        self.k_proj = projection("k_proj", kv_heads)
+        self.v_proj = projection("v_proj", kv_heads)
         self.o_proj = _linear(heads * size, hidden, True, f"{prefix}.o_proj", vllm_config)
         self.rotary = get_rope(
             size,
@@ -173,7 +184,7 @@ class AttentionBlock(nn.Module):  # type: ignore[misc]
         return self.o_proj(self.attn(query, key, self.v_proj(x)))
 
 
-class Mlp(nn.Module):  # type: ignore[misc]
+class Mlp(nn.Module):
     """Gated feed-forward part; a configuration counts both of its halves."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -190,7 +201,7 @@ class Mlp(nn.Module):  # type: ignore[misc]
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):  # type: ignore[misc]
+class DecoderLayer(nn.Module):
     """A temporal block, recurrent or attention, and a feed-forward part."""
 
     def __init__(self, vllm_config: VllmConfig, index: int, prefix: str) -> None:
@@ -209,7 +220,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return x + self.mlp_block(self.channel_pre_norm(x))
 
 
-class RecurrentGemmaModel(nn.Module):  # type: ignore[misc]
+class RecurrentGemmaModel(nn.Module):
     """Scaled embeddings, layers and the last norm."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:

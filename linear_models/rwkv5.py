@@ -65,8 +65,11 @@ def _mix(size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, size), requires_grad=False)
 
 
-class TimeMix(nn.Module):  # type: ignore[misc]
+class TimeMix(nn.Module):
     """The recurrence over time of a block."""
+
+    time_decay: torch.Tensor
+    time_faaaa: torch.Tensor
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class TimeMix(nn.Module):  # type: ignore[misc]
         return self.output(out.to(x.dtype) * silu(gate))
 
 
-class ChannelMix(nn.Module):  # type: ignore[misc]
+class ChannelMix(nn.Module):
     """The feed-forward part of a block."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -124,9 +127,9 @@ class Block(nn.Module, MambaBase):  # type: ignore[misc]
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
         self.dtype, self.prefix = vllm_config.model_config.dtype, prefix
-        norms = ("ln1", "ln2") if index else ("pre_ln", "ln1", "ln2")
-        for name in norms:
-            self.add_module(name, nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon))
+        hidden, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.pre_ln = None if index else nn.LayerNorm(hidden, epsilon)
+        self.ln1, self.ln2 = nn.LayerNorm(hidden, epsilon), nn.LayerNorm(hidden, epsilon)
         self.attention = TimeMix(vllm_config, f"{prefix}.attention")
         self.feed_forward = ChannelMix(vllm_config, f"{prefix}.feed_forward")
         self.kv_cache = tuple(torch.empty(0) for _ in range(3))
@@ -150,13 +153,14 @@ class Block(nn.Module, MambaBase):  # type: ignore[misc]
         batch = batch_of(every[self.prefix])
         matrices, before_time, before_channels = self.kv_cache
         x = x[: batch.num_tokens]
+        x = x if self.pre_ln is None else self.pre_ln(x)
         y = self.ln1(x)
         x = x + self.attention(y, token_shift(y, before_time, batch), matrices, batch)
         y = self.ln2(x)
         return x + self.feed_forward(y, token_shift(y, before_channels, batch))
 
 
-class Rwkv5Model(nn.Module):  # type: ignore[misc]
+class Rwkv5Model(nn.Module):
     """Embeddings, blocks and the last norm."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
@@ -173,7 +177,6 @@ class Rwkv5Model(nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run all blocks on embeddings ``[tokens, hidden]``."""
         tokens = len(x)
-        x = self.blocks[0].pre_ln(x)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if self.rescale_every and (i + 1) % self.rescale_every == 0:
@@ -184,6 +187,7 @@ class Rwkv5Model(nn.Module):  # type: ignore[misc]
     def rescale(self) -> None:
         """Make what later blocks add as much smaller as their input is; once, after loading."""
         for i, block in enumerate(self.blocks if self.rescale_every else ()):
+            assert isinstance(block, Block)
             for linear in (block.attention.output, block.feed_forward.value):
                 linear.weight.data /= 2 ** (i // self.rescale_every)
 
