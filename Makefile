@@ -9,7 +9,7 @@
 # make setup   creates .venv; the others call it when needed
 PYTHON ?= python3.11
 sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
-           $(wildcard cache_policies/kernels/src/*.* cache_policies/kernels/src/*/*)
+           $(wildcard $(foreach src,cache_policies/kernels/src linear_models/scans/src,$(src)/*.* $(src)/*/*))
 # Nothing is sent out, and models come from the cache only.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cache_policies.errors import PolicyError
 from cache_policies.pages.plan import Plan
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.request import Engine, span_of
@@ -44,11 +45,17 @@ def capacity(
     """Capacity of ``memory`` bytes for requests with prompts of ``tokens`` tokens each.
 
     Requests are counted once their prompts are complete and what is dropped is given back.
+    Of a model without attention every policy holds the same: its constant bytes.
 
     Raises:
         PolicyError: the policy cannot store this shape.
 
     """
+    constant = shape.constant_bytes
+    if not shape.layers:
+        if not constant:
+            raise PolicyError("a model of no layers with a cache")
+        return Capacity(0.0, 0, constant, constant, memory // constant, 1.0)
     both = layouts(policy, shape.head_size, page_tokens, shape.dtype)
     plan = Plan.of(both[0])
     edges = [is_edge(policy, layer, shape.layers) for layer in range(shape.layers)]
@@ -56,7 +63,6 @@ def capacity(
     engine = Engine(plan, shape.layers, longest=2 * tokens, room=2**31)
     span = span_of(policy.method, engine, tokens)
     pages = span.pages(tokens) - len(span.given_back(tokens))
-    constant = shape.constant_bytes
     half = tokens * 4 * shape.head_size * shape.num_kv_heads * shape.layers + constant
     needed = pages * page_bytes + constant
     return Capacity(

@@ -90,6 +90,8 @@ def policies(
     title = f"{model}, {dtype}, {memory} of cache, requests of {tokens} tokens"
     if shape.constant_bytes:
         title += f"; {shape.constant_bytes:,} bytes of each in layers that do not grow"
+    if not shape.layers:
+        title += "; no layer grows: all policies hold the same, and the server takes none"
     table = Table(title=title)
     for heading in (
         "policy",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WINDOW_PAGE = 128  # tokens; vLLM's block on a CPU
 LOCAL = ("sliding_attention", "chunked_attention")
+ATTENTION_FREE = ("rwkv5",)
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class ModelShape:
     """What of a model decides the size of its cache.
 
     Attributes:
-        layers: layers of full attention, whose cache grows and which a policy is for.
-        num_kv_heads: KV heads of a layer.
-        head_size: channels of a KV head.
+        layers: layers of full attention, whose cache grows and which a policy is for; zero in a
+            model without attention.
+        num_kv_heads: KV heads of a layer; zero without attention.
+        head_size: channels of a KV head; zero without attention.
         dtype: dtype the model runs in.
         constant_bytes: bytes of a long request that do not grow with it: the pages of sliding
             windows and chunks, and the states of state-space and other linear layers.
@@ -45,6 +47,9 @@ class ModelShape:
             return cls.of(SimpleNamespace(**found), dtype)
         from transformers import AutoConfig  # knows the kinds of layers that a file leaves out
 
+        from linear_models.configs import register_configs
+
+        register_configs()
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return cls.of(config.get_text_config(), dtype)
 
@@ -58,13 +63,19 @@ class ModelShape:
             states: vLLM's ``mamba_ssm_cache_dtype``, where an engine has settled it.
 
         """
-        heads = config.num_attention_heads
+        state = float32_state_bytes(config, dtype)
+        if state is None:
+            state = state_bytes(config, dtype, _recurrent(config, dtype, states))
+        if getattr(config, "model_type", None) in ATTENTION_FREE:
+            return cls(0, 0, 0, dtype, config.num_hidden_layers * state)
+        heads = getattr(config, "num_attention_heads", None)
+        if heads is None:
+            return cls(0, 0, 0, dtype, config.num_hidden_layers * state)
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         kinds = list(_kinds(config))
         token = 2 * kv_heads * size * dtype.itemsize
         constant = sum(token * _window_tokens(config, kind) for kind in kinds)
-        state = state_bytes(config, dtype, _recurrent(config, dtype, states))
         constant += kinds.count("state") * state
         return cls(kinds.count("full"), kv_heads, size, dtype, constant)
 
@@ -78,9 +89,12 @@ def _kinds(config: Any) -> Iterator[str]:
     if listed is None:
         yield from ("full",) * config.num_hidden_layers
         return
+    griffin = getattr(config, "model_type", None) == "recurrent_gemma"
     for name in listed:
         if name in LOCAL:
             yield name
+        elif griffin and name == "attention":
+            yield "sliding_attention"
         elif "attention" in name and "linear" not in name:
             yield "full"
         elif name not in {"mlp", "moe"}:
@@ -114,9 +128,12 @@ def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
         return next((int(v) for n in names if (v := getattr(config, n, None)) is not None), default)
 
     tail = first("mamba_d_conv", "conv_kernel", "linear_conv_kernel_dim", default=4) - 1
-    state = first("mamba_d_state", "ssm_state_size")
+    state = first("mamba_d_state", "ssm_state_size", "state_size")
     heads = first("mamba_n_heads", "mamba_num_heads")
     width = first("mamba_d_head", "mamba_head_dim")
+    alone = getattr(config, "num_attention_heads", None) is None  # no other layer has such names
+    if alone and not heads:
+        heads, width = first("num_heads"), first("head_dim")
     if keys := first("linear_num_key_heads"):
         key, value = config.linear_key_head_dim, config.linear_value_head_dim
         channels = 2 * key * keys + value * config.linear_num_value_heads
@@ -125,6 +142,22 @@ def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
         channels = heads * width + 2 * first("mamba_n_groups", "n_groups") * state
         size = heads * width * state
     else:
-        channels = first("mamba_expand", default=2) * config.hidden_size
+        channels = first("mamba_expand", "expand", default=2) * first("hidden_size")
+        channels = first("intermediate_size", default=channels) if alone else channels
         size = channels * state
     return tail * channels * dtype.itemsize + size * recurrent.itemsize
+
+
+def float32_state_bytes(config: Any, dtype: torch.dtype) -> int | None:
+    """Bytes of the state of one layer whose recurrence is in float32; none for other models.
+
+    Sources: RWKV-5, arXiv 2404.05892; Griffin, arXiv 2402.19427.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind == "rwkv5":  # matrices of all heads, and a token before each of two mixes
+        matrices = config.attention_hidden_size * config.head_size
+        return matrices * 4 + 2 * config.hidden_size * dtype.itemsize
+    if kind == "recurrent_gemma":
+        tail = (config.conv1d_width - 1) * config.lru_width
+        return tail * dtype.itemsize + config.lru_width * 4
+    return None

@@ -19,7 +19,10 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    import linear_models.register
+
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+        linear_models.register.register()
     elif current_platform.is_cuda_alike():
         register_backend(AttentionBackendEnum.CUSTOM, GPU_BACKEND_PATH)

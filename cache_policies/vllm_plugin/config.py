@@ -107,6 +107,14 @@ def _refuse_on_triton(method: Method) -> None:
         )
 
 
+def why_no_policy(vllm_config: VllmConfig) -> str:
+    """Of an engine without one: what to do about it."""
+    model = vllm_config.model_config
+    if model.is_attention_free:
+        return f"{model.model} has no attention: its cache does not grow, and no policy is for it"
+    return "this server runs without a cache policy; start it with kvthrift serve --cache-policy"
+
+
 def refuse_engine(vllm_config: VllmConfig) -> None:
     """Refuse engine features under which pages would be read or shared in ways not built yet.
 

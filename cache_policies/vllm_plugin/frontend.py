@@ -14,7 +14,13 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse_method
 from cache_policies.spelling import refuse_near
-from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY, refuse_method, settings
+from cache_policies.vllm_plugin.config import (
+    KERNEL_KEY,
+    POLICY_KEY,
+    refuse_method,
+    settings,
+    why_no_policy,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,10 +65,7 @@ def check_method(asked: Any) -> Method:
     """
     for vllm_config in _engines:
         if settings(vllm_config) is None:
-            raise PolicyError(
-                f"{POLICY_KEY}={asked!r}: this server runs without a cache policy; start it with "
-                "kvthrift serve --cache-policy"
-            )
+            raise PolicyError(f"{POLICY_KEY}={asked!r}: {why_no_policy(vllm_config)}")
     method = parse_method(asked)
     for vllm_config in _engines:
         refuse_method(method, vllm_config)

@@ -46,7 +46,8 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         if not v2:
             keep_generators_of_incomplete_prompts()
         note_engine(vllm_config)
-        if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
+        model = vllm_config.model_config
+        if (model.is_hybrid or model.is_attention_free) and current_platform.is_cpu():
             from cache_policies.vllm_plugin.mamba import register_layers  # imports the layers
 
             register_layers()

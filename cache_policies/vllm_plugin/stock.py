@@ -1,8 +1,8 @@
-"""vLLM's own attention beside ours: layers with windows or chunks of a model under a policy.
+"""vLLM's own attention: layers with windows or chunks, beside layers of other kinds.
 
-Blocks go from layer to layer, so a block that a window takes may hold codes, which read as
-numbers may be NaN. vLLM's kernel reads whole blocks and weighs what it must not see with 0,
-which a NaN survives.
+Blocks go from layer to layer, so a block that a window takes may hold codes or a recurrence's
+float32 states, which read as numbers of the window's type may be NaN. vLLM's kernel reads whole
+blocks and weighs what it must not see with 0, which a NaN survives.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
+from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.config import settings
+from cache_policies.vllm_plugin.kinds import kinds_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class StockBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """vLLM's builder, which under a policy zeroes the blocks that begin in a step.
+    """vLLM's builder, which zeroes the blocks that begin in a step where others use them too.
 
-    Can go when vLLM's CPU runner zeroes new blocks of packed groups (``_zero_block_ids``).
+    Can go when vLLM's CPU runner zeroes new blocks of packed groups and of windows
+    (``_zero_block_ids``).
     """
 
     def __init__(
@@ -35,7 +38,15 @@ class StockBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._zeroes = settings(vllm_config) is not None and not self.is_encoder_only_attention
+        policy, kinds = settings(vllm_config) is not None, kinds_of(vllm_config)
+        if policy and not kinds.ours and vllm_config.parallel_config.pipeline_parallel_size == 1:
+            model = vllm_config.model_config.model
+            raise PolicyError(
+                f"a cache policy is for layers of full attention, and {model} has none: its cache "
+                "does not grow; drop the policy"
+            )
+        beside = policy or bool(kinds.states and kinds.windows)
+        self._zeroes = beside and not self.is_encoder_only_attention
         modules = vllm_config.compilation_config.static_forward_context
         self._layers = [modules[name] for name in layer_names if name in modules]
 

@@ -7,13 +7,14 @@ go when vLLM's streams carry ``kv_transfer_params`` and all its requests ``vllm_
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.vllm_plugin.config import POLICY_KEY
-from cache_policies.vllm_plugin.facts import KV_CACHE
+from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -43,27 +44,62 @@ class Asked:
         params.extra_args = {**extra, POLICY_KEY: self.method}
         return params
 
-    async def noted(self, outputs: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
-        """The same outputs; with the last one goes a note of what was held."""
+    async def noted(self, outputs: AsyncGenerator[Any], constant: int) -> AsyncGenerator[Any]:
+        """The same outputs; with the last one goes a note of what was held.
+
+        Args:
+            outputs: of the engine for one prompt.
+            constant: bytes of any request to a model without attention, else zero.
+
+        """
+        lengths: Counter[int] = Counter()  # a stream's outputs have the tokens since the last
         async with aclosing(outputs):
             async for output in outputs:
-                params = output.kv_transfer_params if output.finished else None
-                if params and KV_CACHE in params and not self.beams:
-                    self.facts.append(params[KV_CACHE])
+                if constant:
+                    lengths.update({o.index: len(o.token_ids) for o in output.outputs})
+                if output.finished and not self.beams:
+                    held = constant and _constant_facts(output, max(lengths.values()), constant)
+                    found = held or (output.kv_transfer_params or {}).get(KV_CACHE)
+                    self.facts += [found] if found else []
                 yield output
 
 
 CURRENT: ContextVar[Asked | None] = ContextVar("kvthrift_asked", default=None)
 
 
-def watch(engine_client: Any) -> None:
-    """Have every generation of a request come under its method, and note what it held."""
+def _constant_facts(output: Any, answer: int, constant: int) -> dict[str, Any]:
+    """What the states of a request held at its end: as many bytes as at its beginning.
+
+    Args:
+        output: the last.
+        answer: tokens, of the longest sequence.
+        constant: bytes.
+
+    """
+    prompt = len(output.prompt_token_ids or ())
+    return KVCacheFacts(
+        policy="none", prompt_tokens=prompt, cached_tokens=output.num_cached_tokens or 0,
+        computed_tokens=max(0, prompt + answer - 1), kept_tokens=0, pages=0, bytes=constant,
+        compression_ratio=None,
+    ).as_dict()  # fmt: skip
+
+
+def watch(engine_client: Any, constant: int = 0) -> None:
+    """Have every generation of a request come under its method, and note what it held.
+
+    Args:
+        engine_client: of this process.
+        constant: bytes of any request to a model without attention, else zero.
+
+    """
     generate = engine_client.generate
 
     def watched(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         asked = CURRENT.get()
         if asked is None:
             return generate(prompt, sampling_params, *args, **kwargs)
-        return asked.noted(generate(prompt, asked.under(sampling_params), *args, **kwargs))
+        return asked.noted(
+            generate(prompt, asked.under(sampling_params), *args, **kwargs), constant
+        )
 
     engine_client.generate = watched

@@ -70,7 +70,8 @@ class PolicyEndpoints:
         ours = self._state
         ours.vllm_config = engine_client.vllm_config
         ours.names = _names(args, state.openai_serving_models.lora_requests)
-        watch(engine_client)
+        free = ours.vllm_config.model_config.is_attention_free
+        watch(engine_client, ours.shape.constant_bytes if free else 0)
         ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
         classifier = getattr(args, "prompt_compressor", None)
         ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)

@@ -18,7 +18,7 @@ from cache_policies.policy import method_classes, parse
 from cache_policies.policy.layers import EdgeLayers
 from cache_policies.retention import retention_methods
 from cache_policies.retrieval import PREFILL, RETRIEVAL
-from cache_policies.vllm_plugin.config import refuse_method
+from cache_policies.vllm_plugin.config import refuse_method, why_no_policy
 from server.api.page import page
 from server.api.schemas import (
     Estimate,
@@ -91,7 +91,7 @@ def _method(name: str, kind: Any, state: ServerState) -> PolicyTerm:
     cls = method_classes()[name]
     why_not = None
     if state.policy is None:
-        why_not = "this server runs without a cache policy: kvthrift serve --cache-policy"
+        why_not = why_no_policy(state.vllm_config)
     else:
         try:
             refuse_method(parse(name).method, state.vllm_config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Parameter(BaseModel):
@@ -50,10 +50,13 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     layers: int = Field(
-        gt=0, le=10_000, examples=[32], description="of full attention, whose cache grows"
+        ge=0,
+        le=10_000,
+        examples=[32],
+        description="of full attention, whose cache grows; 0 in a model without attention",
     )
-    num_kv_heads: int = Field(gt=0, le=10_000, examples=[8])
-    head_size: int = Field(gt=0, le=1024, examples=[128])
+    num_kv_heads: int = Field(ge=0, le=10_000, examples=[8])
+    head_size: int = Field(ge=0, le=1024, examples=[128])
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     constant_bytes: int = Field(
         default=0,
@@ -61,6 +64,14 @@ class Shape(BaseModel):
         le=1 << 60,
         description="of a request in layers that do not grow: sliding windows, constant states",
     )
+
+    @model_validator(mode="after")
+    def _has_a_cache(self) -> Shape:
+        if self.layers and not (self.num_kv_heads and self.head_size):
+            raise ValueError("layers of full attention have KV heads: num_kv_heads, head_size")
+        if not self.layers and not self.constant_bytes:
+            raise ValueError("neither layers nor constant_bytes: nothing is held")
+        return self
 
 
 class EstimateRequest(BaseModel):

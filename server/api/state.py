@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import generate_latest
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from cache_policies.vllm_plugin.config import settings
+from cache_policies.vllm_plugin.config import settings, why_no_policy
 from server.api.names import ModelNames
 from server.api.schemas import Shape
 from server.compression import Compressor, CompressorError
@@ -71,8 +71,8 @@ class ServerState:
         found = ModelShape.of(model.hf_text_config, model.dtype, states)
         return Shape(
             layers=found.layers,
-            num_kv_heads=model.get_total_num_kv_heads(),
-            head_size=model.get_head_size(),
+            num_kv_heads=model.get_total_num_kv_heads() if found.layers else 0,
+            head_size=model.get_head_size() if found.layers else 0,
             dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             constant_bytes=found.constant_bytes,
         )
@@ -85,7 +85,7 @@ class ServerState:
     def why_no_stats(self) -> str:
         """Why the engine shows no metrics."""
         if self.policy is None:
-            return "this server runs without a cache policy"
+            return why_no_policy(self.vllm_config)
         return (
             "the engine has not reported yet; under vLLM's own command, set "
             "PROMETHEUS_MULTIPROC_DIR to an empty folder before the start"

@@ -83,7 +83,7 @@ def generate(
         "free": pool.get_num_free_blocks(),
         "total": pool.num_gpu_blocks - 1,  # vLLM keeps one null block
         "preemptions": _preemptions(llm),
-        "impl": type(layer.impl).__name__,
+        "impl": type(getattr(layer, "impl", layer)).__name__,
         "runner": type(_core(llm).model_executor.driver_worker.worker.model_runner).__module__,
         "scheduler": type(_core(llm).scheduler).__name__,
     }
@@ -116,7 +116,7 @@ def storm(
     policy: str,
     requests: int,
     seed: int,
-    methods: tuple[str, ...] = ("all",),
+    methods: tuple[str | None, ...] = ("all",),
     longest: int = 500,
     **options: Any,
 ) -> dict[str, int]:
@@ -145,7 +145,7 @@ def storm(
                 temperature=0,
                 max_tokens=rng.randrange(1, 40),
                 ignore_eos=True,
-                extra_args={"cache_policy": rng.choice(methods)},
+                extra_args={"cache_policy": m} if (m := rng.choice(methods)) else None,
             )
             core.add_request(name, {"prompt_token_ids": prompt}, parameters)
             alive[name], waiting = True, waiting - 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 WINDOWS = ("gemma2", "gemma3", "gpt-oss", "llama4")
-STATES = ("granite4", "falcon-h1", "nemotron-h", "qwen3-next")
+STATES = ("granite4", "falcon-h1", "nemotron-h", "qwen3-next", "jamba")
 HALF = ("qwen3-next",)  # vLLM has it for CPUs in bfloat16 only
 METHODS = [
     "snapkv(budget=128)", "streaming-llm(window=124)", "h2o(heavy=64,recent=64)",
@@ -70,7 +70,7 @@ def test_raw_answers_as_transformers_does(program: Program, models: Any, family:
         assert shape.constant_bytes == sum(states)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "granite4"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "granite4", "jamba"])
 def test_smaller_pages_leave_windows_and_states_as_they_are(
     program: Program, models: Any, family: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_smaller_pages_leave_windows_and_states_as_they_are(
     ours = sum(layers for name, *_, layers in got["specs"] if name == "RingStoreSpec")
     assert got["numbers"] == [[i, ours] for i in range(ours)]
     assert got["kept"][0]["kept_tokens"] == 128 + 7
-    if family != "granite4":
+    if family not in STATES:
         assert got["layout"] == "BLHNC"
 
 

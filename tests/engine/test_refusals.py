@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from linear_models.configs import register_configs
 from tests.engine.tiny_models import FAMILIES
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", FAMILIES["gemma2"][1]),
     "gemma3n_text": ("Gemma3nForCausalLM", SHARED),
     "mamba2": ("Mamba2ForCausalLM", MAMBA2),
-    "jamba": ("JambaForCausalLM", FAMILIES["jamba"][1]),
+    "rwkv5": ("Rwkv5ForCausalLM", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}),
+    "recurrent_gemma": ("RecurrentGemmaForCausalLM", FAMILIES["recurrent-gemma"][1]),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", FAMILIES["granite4"][1]),
     "qwen3_next": ("Qwen3NextForCausalLM", FAMILIES["qwen3-next"][1]),
 }
@@ -70,7 +72,8 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("gemma2", "expected-attention(budget=64)", {}, "has a logit soft cap of 5.0"),
     ("gemma3n_text", "fp16", {}, "KV caches shared between layers; layer 3 is one"),
     ("mamba2", "fp16", {}, "attention-free models"),
-    ("jamba", "fp16", {}, "is of Mamba 1, whose scan"),
+    ("rwkv5", "fp16", {}, "attention-free models"),
+    ("recurrent_gemma", "fp16", {}, "is for layers of full attention, and"),
     ("granitemoehybrid", "kivi-2bit+layers(first=1,last=0)", {}, "layers of another kind"),
     ("qwen3_next", "fp16", {}, "give --dtype bfloat16"),
     # the last one: what vLLM imports for it keeps other engines of the process from starting
@@ -82,6 +85,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 def refusals(program: Program, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from transformers import AutoConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
+    register_configs()
     folders = {"": tiny}
     for kind, (architecture, options) in MODELS.items():
         config = AutoConfig.for_model(kind, **options)

@@ -16,6 +16,9 @@ SMALL = {
     "max_position_embeddings": 65536,
 }  # fmt: skip
 MAMBA2 = {"mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 32, "mamba_chunk_size": 64}
+LINEAR = {
+    **IDS, "hidden_size": 64, "num_hidden_layers": 3, "expand": 2, "tie_word_embeddings": False,
+}  # fmt: skip
 # class of the configuration, and its arguments
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {
@@ -60,6 +63,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     }),
+    "mamba": ("MambaConfig", {**LINEAR, "state_size": 16, "time_step_rank": 4}),
+    "falcon-mamba": ("FalconMambaConfig", {**LINEAR, "state_size": 16, "time_step_rank": 4}),
+    "mamba2": ("Mamba2Config", {
+        **LINEAR, "state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 64,
+    }),
+    "recurrent-gemma": ("RecurrentGemmaConfig", {
+        **SMALL, "num_hidden_layers": 5, "intermediate_size": 128, "num_attention_heads": 2,
+        "hidden_size": 128, "attention_window_size": 256,
+    }),
+    # state-spaces/mamba-2.8b-hf with one layer of 64
+    "mamba-2.8b": ("MambaConfig", {
+        "hidden_size": 2560, "num_hidden_layers": 1, "vocab_size": 50280, "state_size": 16,
+        "pad_vocab_size_multiple": 8, "time_step_rank": 160, "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
 
 
@@ -75,7 +93,9 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.dim() >= 2 and "A_log" not in key and "conv" not in key:
-                weight.normal_(0, 0.08)
+                # scaled embeddings would outweigh what RecurrentGemma's layers add to them
+                strong = family == "recurrent-gemma" and "embed" not in key
+                weight.normal_(0, 0.25 if strong else 0.08)
             if "sinks" in key:
                 weight.normal_(0, 1)
     model.generation_config = transformers.GenerationConfig()
@@ -86,18 +106,23 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
     return str(folder)
 
 
-def agree(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
-    """How many tokens of each answer are those that transformers chooses, in float32.
-
-    A token is compared after the answer's tokens before it: all are the same where all agree.
-    """
+def logprobs(folder: str, prompt: list[int], answer: list[int]) -> tuple[list[float], list[int]]:
+    """Of each token of an answer after those before it, in float32; and the likeliest tokens."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    counts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-        chosen = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        counts.append(sum(a == b for a, b in zip(chosen, answer, strict=True)))
-    return counts
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    found = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return [float(row[t]) for row, t in zip(found, answer, strict=True)], found.argmax(-1).tolist()
+
+
+def agree(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
+    """How many tokens of each answer are those that transformers chooses.
+
+    A token is compared after the answer's tokens before it: all are the same where all agree.
+    """
+    return [
+        sum(a == b for a, b in zip(logprobs(folder, prompt, answer)[1], answer, strict=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

@@ -17,6 +17,7 @@ from server.cli import app
 from server.model_shape import ModelShape
 from server.models import ModelError, get_model, model_path, resolve
 from tests.engine.tiny_models import FAMILIES
+from tests.engine.tiny_rwkv import RWKV5
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,3 +152,51 @@ def test_constant_bytes_count_for_every_request() -> None:
     assert both.requests == alone.requests // 2
     assert alone.ratio == both.ratio == 1
     assert capacity(parse("kivi-4bit"), beside, 1 << 30, 8192).ratio < 1.6
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "state"),
+    [
+        # published sizes: mamba-2.8b, falcon-mamba-7b (its expand says 16), mamba2-2.7b
+        ("Mamba", {"hidden_size": 2560}, 3 * 5120 * 2 + 5120 * 16 * 4),
+        ("FalconMamba", {"hidden_size": 4096, "intermediate_size": 8192, "expand": 16},
+         3 * 8192 * 2 + 8192 * 16 * 4),
+        ("Mamba2", {"hidden_size": 2560, "num_heads": 80, "n_groups": 1},
+         3 * (5120 + 2 * 128) * 2 + 80 * 64 * 128 * 4),
+    ],
+)  # fmt: skip
+def test_a_model_without_attention_is_a_constant(
+    kind: str, options: dict[str, int], state: int
+) -> None:
+    config = getattr(transformers, f"{kind}Config")(**options, num_hidden_layers=10)
+    shape = ModelShape.of(config, torch.bfloat16, "float32")
+    assert (shape.layers, shape.constant_bytes) == (0, 10 * state)
+    for text in ("fp16", "kivi-2bit", "snapkv(budget=512)+kivi-4bit"):
+        assert bytes_by_length(parse(text), shape) == (10 * state, 0)
+        found = capacity(parse(text), shape, 100 * state, 8192)
+        assert (found.requests, found.bytes_per_token, found.ratio) == (10, 0, 1)
+    with pytest.raises(PolicyError, match="no layers with a cache"):
+        capacity(parse("fp16"), replace(shape, constant_bytes=0), 2**30, 8192)
+
+
+def test_rwkv5_is_a_constant(tmp_path: Path) -> None:
+    """Published sizes; the file says a head's size where the number of heads is meant."""
+    text = {**RWKV5, "hidden_size": 2048, "attention_hidden_size": 2048, "num_hidden_layers": 24}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    shape = ModelShape.from_folder(tmp_path, torch.bfloat16)
+    assert (shape.layers, shape.constant_bytes) == (0, 24 * (32 * 64 * 64 * 4 + 2 * 2048 * 2))
+
+
+def test_recurrent_gemma_is_windows_and_states() -> None:
+    config = transformers.RecurrentGemmaConfig(num_key_value_heads=1)  # recurrentgemma-2b
+    shape = ModelShape.of(config, torch.bfloat16)
+    windows, states = 8 * 2 * 256 * 2 * 2176, 18 * (3 * 2560 * 2 + 2560 * 4)
+    assert (shape.layers, shape.constant_bytes) == (0, windows + states)
+
+
+def test_the_policies_command_knows_models_without_attention(tmp_path: Path) -> None:
+    transformers.MambaConfig(num_hidden_layers=2, hidden_size=320).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["policies", "--model", str(tmp_path)], env={"COLUMNS": "220"})
+    assert result.exit_code == 0
+    assert f"{2 * (3 * 640 * 4 + 640 * 16 * 4):,} + 0 n" in result.output
+    assert "no layer grows" in result.output

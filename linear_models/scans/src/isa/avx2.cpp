@@ -1,0 +1,2 @@
+#define SCAN_ENTRY scans_avx2
+#include "scans.inc"

@@ -1,0 +1,2 @@
+#define SCAN_ENTRY scans_avx512
+#include "scans.inc"

@@ -1,0 +1,2 @@
+#define SCAN_ENTRY scans_portable
+#include "scans.inc"
