@@ -45,7 +45,7 @@ def refuse_layer(prefix: str, activation: str, width: int, size: int) -> None:
 class _AsLoaded(UnquantizedLinearMethod):  # type: ignore[misc]
     """Leaves a weight as it was loaded.
 
-    vLLM packs those of convolutions in place for its own operator, in bfloat16 on CPUs that have it.
+    In bfloat16, on CPUs that have it, vLLM packs those of convolutions in place for its operator.
     """
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
