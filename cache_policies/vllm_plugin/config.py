@@ -82,15 +82,8 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
     """
     retention, model_config = method.retention, vllm_config.model_config
     asked = settings(vllm_config)
-    if method.prefill and asked and kernel_class(asked.kernel).name == "triton":
-        raise PolicyError(
-            f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
-        )
-    if retention and retention.adaptive and asked and kernel_class(asked.kernel).name == "triton":
-        raise PolicyError(
-            f"{retention}: the triton kernel does not know heads that own unequal numbers of "
-            "pages; use heads=uniform"
-        )
+    if asked and kernel_class(asked.kernel).name == "triton":
+        _refuse_on_triton(method)
     if retention is not None and (retention.USES_QUERIES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
@@ -98,6 +91,18 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
         raise PolicyError(
             f"{retention.name} expects exponentials of scores without bounds, and "
             f"{model_config.model} has a logit soft cap of {cap}"
+        )
+
+
+def _refuse_on_triton(method: Method) -> None:
+    if method.prefill:
+        raise PolicyError(
+            f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
+        )
+    if method.retention and method.retention.adaptive:
+        raise PolicyError(
+            f"{method.retention}: the triton kernel does not know heads that own unequal numbers "
+            "of pages; use heads=uniform, or a CPU (cache_kernel=cpu)"
         )
 
 
