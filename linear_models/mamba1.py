@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
@@ -41,6 +42,16 @@ def refuse_layer(prefix: str, activation: str, width: int, size: int) -> None:
             raise PolicyError(f"the Mamba 1 scan for CPUs does not know {reason}; {prefix} has it")
 
 
+class _AsLoaded(UnquantizedLinearMethod):  # type: ignore[misc]
+    """Leaves a weight as it was loaded.
+
+    In bfloat16, on CPUs that have it, vLLM packs those of convolutions in place for its operator.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing."""
+
+
 class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
     """vLLM's layer and its weights; convolution and scan are those of ``scans.cpu``.
 
@@ -51,6 +62,7 @@ class CpuMambaMixer(MambaMixer):  # type: ignore[misc]
         super().__init__(*given, **named)
         refuse_layer(self.prefix, self.activation, self.conv_kernel_size, self.ssm_state_size)
         refuse_speculation(get_current_vllm_config())
+        self.conv1d.quant_method = _AsLoaded()
         self._small: _Small | None = None
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:

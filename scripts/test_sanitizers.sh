@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the kernel tests with the extension built under AddressSanitizer and UBSan.
-# usage: scripts/test_sanitizers.sh [pytest's arguments]     (default: tests/kernels)
+# Runs the kernel tests with the extensions built under AddressSanitizer and UBSan.
+# usage: scripts/test_sanitizers.sh [pytest's arguments]     (default: those of kernels and scans)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 home=build/sanitizers
@@ -18,8 +18,10 @@ fi
   --no-deps --ignore-installed --editable . \
   --config-settings=cmake.define.SANITIZE=ON --config-settings=build-dir=$home/cmake
 
+[ $# != 0 ] || set -- tests/kernels tests/linear_models
+
 # Both runtimes must be loaded before Python; libstdc++ too, for its exceptions to be seen.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 # Python itself frees nothing at its end.
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-exec $home/venv/bin/python -m pytest "${@:-tests/kernels}"
+exec $home/venv/bin/python -m pytest "$@"

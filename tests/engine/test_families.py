@@ -92,7 +92,11 @@ def test_smaller_pages_leave_windows_and_states_as_they_are(
 
 @pytest.mark.parametrize(
     ("family", "policy", "memory"),
-    [("gemma3", "kivi-4bit", 100 << 15), ("granite4", "int8", 5 << 17)],
+    [
+        ("gemma3", "kivi-4bit", 100 << 15),
+        ("granite4", "int8", 5 << 17),
+        ("jamba", "int8", 5 << 17),
+    ],
 )
 def test_a_storm_beside_windows_and_states_leaves_every_page_free(
     program: Program, models: Any, family: str, policy: str, memory: int
