@@ -302,7 +302,7 @@ def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(config.compilation_config, "mode", CompilationMode.NONE)
     refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
-    with pytest.raises(PolicyError, match="on a CPU, .* drop --enforce-eager"):
+    with pytest.raises(PolicyError, match=r"on a CPU, .* drop --enforce-eager"):
         refuse_engine(config)
     monkeypatch.setattr(config.compilation_config, "mode", CompilationMode.DYNAMO_TRACE_ONCE)
     refuse_engine(config)
