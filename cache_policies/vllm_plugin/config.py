@@ -156,7 +156,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
         ),
         (
             _eager_stages(vllm_config),
-            "pipeline parallelism and --enforce-eager on a CPU, where vLLM never makes room for "
+            "pipeline parallelism and --enforce-eager on a CPU, where vLLM then makes no room for "
             "what a stage hands on; drop --enforce-eager",
         ),
         (parallel.use_ubatching, "micro-batches; drop --enable-dbo and --ubatch-size"),

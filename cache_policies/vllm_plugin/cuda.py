@@ -62,6 +62,10 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
         return list(HEAD_SIZES)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Those in which the bytes of a head lie together in a page, wherever the page lies.
 

@@ -85,6 +85,10 @@ def test_vllm_finds_the_configurations_valid_that_the_codecs_take() -> None:
                 head_size=head_size, dtype=dtype, block_size=128, **given
             )
             assert reasons == []
+    learned = given | {"has_sink": True}
+    assert not GpuBackend.validate_configuration(
+        head_size=64, dtype=torch.bfloat16, block_size=128, **learned
+    )
     for wrong in ({"head_size": 112}, {"block_size": 16}, {"kv_cache_dtype": "fp8"}):
         asked = {"head_size": 64, "dtype": torch.float16, "block_size": 128} | given | wrong
         assert GpuBackend.validate_configuration(**asked), wrong

@@ -16,7 +16,7 @@ from cache_policies.kernels.triton.device import encode as encoding
 from cache_policies.kernels.triton.device.mass import mass as count_mass
 from cache_policies.kernels.triton.device.read import read as read_tokens
 from cache_policies.kernels.triton.launch import launch
-from cache_policies.kernels.triton.page import Page, interpreting
+from cache_policies.kernels.triton.page import LOG2_E, Page, interpreting
 from cache_policies.kernels.triton.tasks import tasks_of
 from cache_policies.pages.codecs.packing import PLANES
 
@@ -25,18 +25,10 @@ if TYPE_CHECKING:
     from cache_policies.kernels.triton.tasks import Tasks
     from cache_policies.pages.layout import PageLayout
 
-LOG2_E = 1.4426950408889634
-
 
 def _refuse_shape(shape: Shape) -> None:
-    lacking = {
-        "a logits soft cap": shape.soft_cap,
-        "attention sinks learned by the model": shape.sinks is not None,
-        "a key offset": shape.key_offset is not None,
-    }
-    for feature, there in lacking.items():
-        if there:
-            raise PolicyError(f"the triton kernel cannot serve layers with {feature} yet")
+    if shape.key_offset is not None:
+        raise PolicyError("the triton kernel cannot serve layers with a key offset yet")
 
 
 class TritonKernel:
@@ -207,9 +199,11 @@ class TritonKernel:
         sums = torch.empty(*shape, self.layout.head_size, dtype=torch.float32, device=pages.device)
         part_lse = torch.empty(shape, dtype=torch.float32, device=pages.device)
         total = part_lse if lse is None else lse
+        sinks = part_lse if self.shape.sinks is None else self.shape.sinks.detach()
         launch(
             attending.attend, (len(tasks), self.shape.num_kv_heads, splits + 1),
-            query, key, value, output, sums, part_lse, total, tasks.blocks, counts.query_start,
+            query, key, value, output, sums, part_lse, total, sinks.to(pages.device),
+            tasks.blocks, counts.query_start,
             counts.stored, counts.ring, counts.store_row, pages, table, chosen.pages,
             chosen.count, self.shape.scale * LOG2_E, splits, chosen.width, table.stride(0),
             query.stride(0), key.stride(0), value.stride(0), output.stride(0),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cache_policies.kernels.contract import Shape
     from cache_policies.pages.layout import PageLayout
 
+LOG2_E = 1.4426950408889634  # scores are powers of two
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 CODES, INT8, PLAIN = "codes", "int8", "plain"
 
@@ -51,6 +52,8 @@ class Page:
         dot: type of dot products over the store; float16 for codes, which it holds exactly.
         recent: type of dot products over ring and fresh tokens.
         precision: of dot products of float32.
+        cap: soft cap on scores in base 2, 0 for none.
+        sinks: whether query heads have learned sinks.
 
     """
 
@@ -75,6 +78,8 @@ class Page:
     dot: Any
     recent: Any
     precision: str
+    cap: float
+    sinks: bool
 
     @property
     def width(self) -> int:
@@ -119,6 +124,8 @@ class Page:
             dot=_dot(stored) if kind == PLAIN else tl.float16,
             recent=_dot(TYPES[model]),
             precision="ieee" if torch.version.hip else "tf32x3",
+            cap=shape.soft_cap * LOG2_E,
+            sinks=shape.sinks is not None,
         )
 
 

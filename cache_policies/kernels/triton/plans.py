@@ -53,12 +53,17 @@ class Tiles:
         """Sizes for a page."""
         wide, size = page.width > 128, page.head_size
         number_bytes = 1 if page.kind == INT8 else page.stored.primitive_bitwidth // 8
+        if page.kind == CODES:
+            crowded = page.width == 64 and not page.by_channel
+        else:
+            crowded = page.width > 64
         part = page.width
         if page.kind == CODES:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
         return cls(
             block=128 if page.kind == CODES else (32 if wide or number_bytes == 4 else 64),
-            recent=32,
+            # Decode of 2-bit codes of 128 channels spills with a tile of 32, on sm_80 and sm_90.
+            recent=16 if page.streams == 8 and page.width == 128 else 32,
             span=max(32, page.group) if page.by_channel else 32,
             part_width=part,
             parts=-(-size // part),
@@ -66,7 +71,7 @@ class Tiles:
             warps=8 if wide else 4,
             # Codes are decoded in registers; with 64 rows of 128 channels they spill on sm_80.
             many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
-            many_warps=8 if wide or (page.kind != CODES and page.width > 64) else 4,
-            # A second stage takes registers that these have not: int8 spills on sm_80 with it.
+            # Scales of a token take registers too: 64 rows on four warps spill on sm_80 with them.
+            many_warps=8 if wide or crowded else 4,
             stages=1 if wide or page.kind == INT8 else 2,
         )

@@ -70,6 +70,24 @@ def test_decode_beside_prefill(policy: str) -> None:
     compare(setup, [(257, 1), (127, 6)], splits=2)
 
 
+@pytest.mark.parametrize(("soft_cap", "sinks"), [(0.5, False), (5.0, True), (0.0, True)])
+@pytest.mark.parametrize("policy", POLICIES if ALL else ("raw", "int8", "kivi-4bit"))
+def test_soft_caps_and_learned_sinks(policy: str, soft_cap: float, *, sinks: bool) -> None:
+    """In a split store and in a whole one; the caps bend all scores and few."""
+    setup = make(policy, heads=4, kv_heads=2, soft_cap=soft_cap)
+    learned = torch.tensor([3.0, 6.0, 4.0, 5.0]) if sinks else None
+    setup.shape = replace(setup.shape, sinks=learned)
+    compare(setup, [(257, 1), (127, 6)], splits=2)
+    plain = replace(setup, shape=replace(setup.shape, soft_cap=0.0, sinks=None))
+    batch, tokens = setup.batch([257, 127], [1, 6]), setup.tokens(7, seed=7)
+    both = [Both(x).reference for x in (setup, plain)]
+    outputs = [torch.empty_like(tokens[0]) for _ in both]
+    for kernel, output in zip(both, outputs, strict=True):
+        kernel.attend(setup.pages, batch, *tokens, output)
+    change = (outputs[0] - outputs[1]).abs().amax((1, 2))
+    assert (change > 2 * TOLERANCE[torch.float32]).all(), "too little to be seen"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", POLICIES if ALL else ("fp16", "kivi-4bit"))
 def test_model_types(policy: str, dtype: torch.dtype) -> None:
@@ -153,6 +171,9 @@ def test_what_the_kernels_do_not_know_is_refused_by_name() -> None:
     with pytest.raises(PolicyError, match=r"does not know the codec rotated.*knows raw, fp16"):
         Both(make("rotated-4bit"))
     setup = make("fp16")
+    shape = replace(setup.shape, key_offset=torch.zeros(2, 64))
+    with pytest.raises(PolicyError, match="layers with a key offset"):
+        Both(replace(setup, shape=shape))
     slots = torch.zeros(2, 2, 8, dtype=torch.int32)
     batch = replace(setup.batch([0, 0], [1, 1]), slots=slots)
     with pytest.raises(PolicyError, match="unequal page slots"):

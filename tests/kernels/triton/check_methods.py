@@ -56,6 +56,20 @@ def test_mass_equals_the_sums_of_the_softmax(policy: str, computed: list[int], s
     torch.testing.assert_close(counted.sum(1).cpu(), total, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("policy", NAMES if ALL else PAGES)
+def test_mass_under_a_soft_cap_and_beside_learned_sinks(policy: str) -> None:
+    setup = make(policy, heads=4, kv_heads=2, max_tokens=400, soft_cap=0.5, sinks=True)
+    setup.fill([200, 130])
+    batch, both = setup.batch([200, 130], [1, 20]), Both(setup)
+    masses = [_mass(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
+    masses[1] = _there(masses[1])
+    outputs = both.attend(batch, setup.tokens(21, seed=9), {"mass": masses[0]}, {"mass": masses[1]})
+    torch.testing.assert_close(*outputs, **CLOSE)
+    torch.testing.assert_close(masses[1].out.cpu(), masses[0].out, rtol=1e-2, atol=2e-3)
+    counted = masses[1].out[:, int(masses[1].place[1]) :][:, :150] - 0.5
+    assert (counted.sum(1) < 20 * 2).all()  # the sinks have the rest
+
+
 @pytest.mark.parametrize("page_tokens", [64, 128] if ALL else [64])
 @pytest.mark.parametrize("policy", NAMES if ALL else PAGES)
 @examples(1, 6)

@@ -26,7 +26,7 @@ DAILY = [
     ("kivi-4bit", 128, "read", "gfx942"), ("flexgen-4bit", 64, "attend prefill", "sm_80"),
     ("fp16", 128, "attend decode", "sm_90"), ("int8", 80, "write", "sm_80"),
     ("int8", 64, "mass reading chosen pages, counted", "sm_90"),
-    ("kivi-2bit", 64, "keep_ring", "gfx942"),
+    ("kivi-2bit", 64, "keep_ring", "gfx942"), ("kivi-2bit", 128, "attend decode", "sm_80"),
 ]  # fmt: skip
 NIGHTLY = [
     (policy, head_size, "", target)
@@ -37,23 +37,9 @@ NIGHTLY = [
     for target in TARGETS
     if head_size % 32 == 0 or "group=32" not in policy
 ]  # fmt: skip
-# Faults that are known, see docs/gpu.md: a kernel that no longer spills must be taken out here.
-SPILLS = {
-    ("flexgen-4bit", 64, "attend prefill", "sm_80"),
-    ("kivi-2bit", 128, "attend decode", "sm_80"),
-    ("kivi-2bit", 128, "attend decode", "sm_90"),
-}
-_made: dict[tuple[str, int], object] = {}
 
 
-def _case(case: tuple[str, int, str, str]) -> object:
-    spills = pytest.mark.xfail(strict=True, reason="this kernel spills, see docs/gpu.md")
-    return pytest.param(*case, marks=[spills] if case in SPILLS else [])
-
-
-@pytest.mark.parametrize(
-    ("policy", "head_size", "kernel", "target"), map(_case, NIGHTLY if ALL else DAILY)
-)
+@pytest.mark.parametrize(("policy", "head_size", "kernel", "target"), NIGHTLY if ALL else DAILY)
 def test_triton_compiles_without_spills(
     policy: str, head_size: int, kernel: str, target: str
 ) -> None:

@@ -8,6 +8,7 @@ from cache_policies.kernels.triton.device.place import store_of, tile_of, tokens
 from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
 from cache_policies.kernels.triton.device.types import narrow
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1.0e38)  # a finite start of a maximum: -inf minus itself is no number
 
 
@@ -20,6 +21,15 @@ def for_store(q, PAGE: tl.constexpr):
 
 
 @triton.jit
+def capped(x, PAGE: tl.constexpr):
+    """Scores in base 2 under the layer's soft cap: ``cap * tanh(x / cap)``."""
+    if PAGE.cap > 0:
+        # an exponential that overflows gives the cap itself
+        x = PAGE.cap - 2 * PAGE.cap / (1 + tl.exp2(x * (2 * LOG2_E / PAGE.cap)))
+    return x
+
+
+@triton.jit
 def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
                  BLOCK: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """Scores in base 2 ``[queries, rows]`` of stream ``S`` of a tile."""
@@ -29,6 +39,7 @@ def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
         x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[
             None, :
         ]
+    x = capped(x, PAGE)
     if MASK:
         x = tl.where(valid[None, :], x, float("-inf"))
     return x
@@ -65,7 +76,7 @@ def store_tile(q, m, l, acc, store, tile, limit, scale, PAGE: tl.constexpr, BLOC
 @triton.jit
 def recent_tile(q, m, l, acc, k, v, seen, scale, PAGE: tl.constexpr):
     """Add a tile of ring or fresh tokens; ``seen`` is ``[queries, tokens]``."""
-    x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
+    x = capped(tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale, PAGE)
     x = tl.where(seen, x, float("-inf"))
     top = tl.maximum(m, tl.max(x, 1))
     alpha = tl.exp2(m - top)
@@ -113,7 +124,7 @@ def over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, 
 
 @triton.jit
 def attend(
-    query, key, value, output, part_sum, part_lse, lse, tasks, query_start, stored_count,
+    query, key, value, output, part_sum, part_lse, lse, sinks, tasks, query_start, stored_count,
     ring_count, store_row, pages, table, chosen, count, scale, splits, width, table_stride,
     query_stride, key_stride, value_stride, output_stride,
     page_stride: tl.int64, head_stride: tl.int64,
@@ -149,6 +160,15 @@ def attend(
         end = tl.where(part == splits, 0, tl.minimum(low + each, end))
         ring, last = tl.where(part == splits, ring, 0), tl.where(part == splits, last, 0)
     m, l = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.float32)
+    if PAGE.sinks:
+        # a score without a value, in one part of the sum: that of the recent tokens
+        count_sunk = fresh * GROUP
+        if SPLIT:
+            count_sunk = tl.where(part == splits, count_sunk, 0)
+        sunk = rows < count_sunk
+        sink = tl.load(sinks + head_row, mask=sunk, other=0.0).to(tl.float32)
+        m = tl.where(sunk, tl.maximum(sink * LOG2_E, LEAST), m)
+        l = tl.where(sunk, 1.0, l)
     acc = tl.zeros([M, PAGE.width], tl.float32)
     m, l, acc = over_store(
         for_store(raw, PAGE), m, l, acc, store, low, end, limit, scale, PAGE, BLOCK, READS

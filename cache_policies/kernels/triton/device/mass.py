@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cache_policies.kernels.triton.device.attend import for_store, store_scores
+from cache_policies.kernels.triton.device.attend import capped, for_store, store_scores
 from cache_policies.kernels.triton.device.place import (
     page_number,
     store_of,
@@ -110,6 +110,7 @@ def count_recent(
             query, query_stride, lse, start, head, rows + tl.arange(0, M), end, PAGE
         )
         x = tl.dot(q.to(PAGE.recent), tl.trans(k), input_precision=PAGE.precision) * scale
+        x = capped(x, PAGE)
         seen = position[None, :] <= token[:, None]
         total += tl.sum(tl.where(seen, tl.exp2(x - sums[:, None]), 0.0), 0)
     add(out, tl.zeros(position.shape, tl.int32), total, valid)
