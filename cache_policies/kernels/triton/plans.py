@@ -57,7 +57,6 @@ class Tiles:
             crowded = page.width == 64 and not page.by_channel
         else:
             crowded = page.width > 64
-        two_bits = page.streams == 8 and page.width == 128
         part = page.width
         if page.kind == CODES:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
@@ -73,7 +72,6 @@ class Tiles:
             many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
             # Scales of a token take registers too: 64 rows on four warps spill on sm_80 with them.
             many_warps=8 if wide or crowded else 4,
-            # A second stage takes registers that these have not: int8, and decode over 2-bit codes
-            # of 128 channels, spill on sm_80 with it.
-            stages=1 if wide or page.kind == INT8 or two_bits else 2,
+            # A second stage takes registers that these have not: int8 spills on sm_80 with it.
+            stages=1 if wide or page.kind == INT8 else 2,
         )

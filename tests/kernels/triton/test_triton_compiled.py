@@ -26,7 +26,7 @@ DAILY = [
     ("kivi-4bit", 128, "read", "gfx942"), ("flexgen-4bit", 64, "attend prefill", "sm_80"),
     ("fp16", 128, "attend decode", "sm_90"), ("int8", 80, "write", "sm_80"),
     ("int8", 64, "mass reading chosen pages, counted", "sm_90"),
-    ("kivi-2bit", 64, "keep_ring", "gfx942"), ("kivi-2bit", 128, "attend decode", "sm_80"),
+    ("kivi-2bit", 64, "keep_ring", "gfx942"),
 ]  # fmt: skip
 NIGHTLY = [
     (policy, head_size, "", target)
