@@ -175,7 +175,8 @@ class Cut:
 
     def merge(self, layer: Layer, source: Batch, tokens: Tokens, kept: Kept) -> torch.Tensor | None:
         """Values of the kept tokens, ``[num_kv_heads, target, head_size]``; None: as they are."""
-        if not self.retention.merges or kept.token.shape[1] == self.candidates:
+        uneven = self.budgets is not None  # as wide as all candidates, though heads drop some
+        if not self.retention.merges or (self.target == self.candidates and not uneven):
             return None
         known, end = self.state.layers[layer.index], self.before + self.fresh
         there = known.positions(layer.heads, end, layer.pages.device) >= 0
