@@ -9,7 +9,7 @@ turn; API servers and this client share the same cores, as on a user's machine. 
 ``passive`` lets threads sleep at once where they wait for each other, ``spin=N`` after N turns of a
 loop, ``usual`` is what ``kvthrift serve`` sets. With ``--neighbour`` every round is made a second
 time beside a process that keeps one core busy. ``FEW_CORES`` of
-server/startup.py is set by ``reserved``; waiting was not compared yet.
+server/startup.py is set by ``reserved``; docs/operations.md holds what was found.
 """
 
 from __future__ import annotations
