@@ -22,6 +22,7 @@ from vllm.config import (
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -299,6 +300,7 @@ def test_workers_are_told_how_long_a_prompt_of_embeddings_is(llama: Path) -> Non
 def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Engine(llama, "fp16", 60, asynchronous=False).config
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
     monkeypatch.setattr(config.compilation_config, "mode", CompilationMode.NONE)
     refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
