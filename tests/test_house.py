@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -28,6 +29,18 @@ ALLOWED = {
     "linear_models": ("cache_policies",),  # its ground only
     "cache_policies.vllm_plugin": ("linear_models",),
 }
+
+
+def test_every_list_of_packages_has_them_all() -> None:
+    """The wheel, the types that are checked, and what the image's build may see."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert set(project["scikit-build"]["wheel"]["packages"]) == set(PACKAGES)
+    assert set(project["mypy"]["packages"]) == set(PACKAGES)
+    seen = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"!{package}" for package in PACKAGES} <= set(seen)
+    assert {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"} == set(
+        PACKAGES
+    )
 
 
 def modules() -> dict[str, Path]:
