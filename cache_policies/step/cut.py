@@ -117,9 +117,9 @@ class Cut:
 
     @property
     def _is_last(self) -> bool:
-        """Whether nothing is chosen again by what is known of the tokens."""
+        """Whether the retention method chooses no more."""
         goes_on = self.retention.DECODE_CUTS or self.before + self.fresh < self.state.span.prompt
-        return not goes_on and self.state.method.retrieval is None
+        return not goes_on
 
     def is_whole(self, layer: Layer) -> bool:
         """Whether all kept tokens are written anew, in their order; else only those that move.
@@ -169,6 +169,8 @@ class Cut:
         known.summary = None  # other tokens are in the pages now
         known.division = kept.division
         if self._is_last:
+            known.queries = known.near = None
+        if self._is_last and self.state.method.retrieval is None:
             known.mass = None
         if known.mass is not None:
             known.mass.keep(kept.token)

@@ -198,6 +198,20 @@ def test_an_answer_in_the_chunk_that_ends_the_prompt_is_kept(method: str, cachin
         assert set(range(PROMPT, PROMPT + 81)) <= set(positions.tolist())
 
 
+@pytest.mark.parametrize("method", ["compactor(budget=150)", "expected-attention(budget=150)"])
+@pytest.mark.parametrize("second", ["", "+quest(topk=1)"])
+def test_what_was_noted_of_the_prompt_goes_with_the_last_cut(method: str, second: str) -> None:
+    worker = Worker("raw")
+    sequence = worker.start(TEXT, method + second, PROMPT)
+    assert sequence.state is not None
+    worker.run(sequence, [300])
+    known = sequence.state.layers[0]
+    assert known.near or known.queries
+    worker.run(sequence, [PROMPT - 300, 1])
+    assert known.near is None
+    assert known.queries is None
+
+
 def test_a_step_the_worker_cannot_follow_is_an_error() -> None:
     worker = Worker("raw")
     sequence = worker.start(TEXT, "h2o(heavy=100,recent=60)", 600)
