@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from starlette.responses import Response
+
 from server.api.answer import Answer
 from server.api.asked import CURRENT, Asked
 from server.api.body import ended, next_message, read_body, replay, with_length
@@ -33,6 +35,7 @@ GENERATING = (
     *COMPLETIONS, "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/v1/systemone",
     "/invocations", "/inference/v1/generate", "/generative_scoring", "/cohere/v2/chat",
 )  # fmt: skip
+CLIENT_LEFT = 499  # before the answer began, by nginx's custom
 LOG = logging.getLogger("kvthrift.requests")
 
 
@@ -79,6 +82,8 @@ class PolicyMiddleware:
         try:
             with self._counted(path):
                 await self._answer(scope, receive, path, asked, answer)
+            if not answer.status:  # nobody reads this; without it vLLM would count an error of ours
+                await Response(status_code=CLIENT_LEFT)(scope, receive, send)
         except RefusalError as refusal:
             await refusal.response(path)(scope, receive, answer.send)
         finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.frontend import check_method
@@ -50,7 +51,7 @@ class PolicyEndpoints:
         self._state = ServerState()
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and the middleware around vLLM's."""
+        """Add the routes, and the middleware around vLLM's routes."""
         app.state.kvthrift = self._state
         app.include_router(router)
         app.add_api_route("/v1/models", list_models, methods=["GET"])
@@ -63,7 +64,9 @@ class PolicyEndpoints:
         )
         if limits.log:
             _log_plain_lines()
-        app.add_middleware(PolicyMiddleware, state=self._state, limits=limits)
+        # Last is innermost: within vLLM's count of answers, which so has those that we give.
+        ours = Middleware(PolicyMiddleware, state=self._state, limits=limits)
+        app.user_middleware.append(ours)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine's configuration, and watch what its requests held."""

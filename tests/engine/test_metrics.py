@@ -51,6 +51,27 @@ def _value(text: str, name: str) -> float:
     return float(line.rsplit(" ", 1)[1])
 
 
+def test_every_answer_is_counted_once_whoever_gave_it(server: Server) -> None:
+    def counted() -> dict[str, float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        name = r'http_requests_total\{handler="/v1/completions",method="POST",status="(...)"\}'
+        return {status: float(n) for status, n in re.findall(f"{name} (.*)", text)}
+
+    plain = {"model": MODEL, "prompt": "Hello", "max_tokens": 1}
+    bodies = [
+        (200, plain),
+        (400, {**plain, "model": f"{MODEL}@nonsense"}),  # ours
+        (413, {**plain, "prompt": "a " * 150_000}),  # ours
+        (400, {**plain, "max_tokens": -1}),  # vLLM's
+    ]
+    before = counted()
+    for status, body in bodies:
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == status
+    after = counted()
+    assert {s: n - before.get(s, 0) for s, n in after.items()} == {"2xx": 1, "4xx": 3}
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool on this machine")
 def test_promtool_finds_no_fault_in_our_metrics(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics").text
