@@ -89,12 +89,6 @@ def generate(
     }
 
 
-def tokens(model: str, policy: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    """Greedy tokens only; the engine may live in other processes."""
-    llm = engine(model, policy, **options)
-    return [r["tokens"][0] for r in _generate(llm, prompts, 24)]
-
-
 def twice(
     model: str, policy: str, prompts: list[list[int]], max_tokens: int = 24, **options: Any
 ) -> list[Any]:

@@ -167,14 +167,6 @@ def test_edge_layers_have_pages_of_their_own(program: Program, tiny: str, raw: A
     _close(fresh, again)
 
 
-def test_tensor_parallel(program: Program, tiny: str, raw: Any) -> None:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
-    got = program(
-        "tokens", environment, model=tiny, policy="raw", prompts=PROMPTS, tensor_parallel_size=2
-    )
-    assert got == [r["tokens"][0] for r in raw["results"]]
-
-
 def test_the_entry_point_activates_the_plugin() -> None:
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"

@@ -146,24 +146,6 @@ def test_parallel_sampling_and_an_engine_wide_default(program: Program, tiny: st
     assert result["free"] == result["total"]
 
 
-def test_tensor_parallel(program: Program, tiny: str) -> None:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
-    arguments = {"model": tiny, "policy": "snapkv(budget=200)+raw", "prompts": PROMPTS[:3]}
-    one = program("tokens", **arguments)
-    assert program("tokens", environment, **arguments, tensor_parallel_size=2) == one
-
-
-def test_pipeline_stages_know_every_requests_method(program: Program, tiny: str) -> None:
-    """Prompts in one chunk, for stages share steps otherwise; eager ones do not start on a CPU."""
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
-    arguments = {"model": tiny, "policy": "snapkv(budget=200)+kivi-4bit", "prompts": PROMPTS[:3],
-                 "max_num_batched_tokens": 4096}  # fmt: skip
-    one = program("tokens", **arguments)
-    stages = {"pipeline_parallel_size": 2, "enforce_eager": False,
-              "compilation_config": {"mode": 2, "backend": "eager"}}  # fmt: skip
-    assert program("tokens", environment, **arguments, **stages) == one
-
-
 def test_a_bad_policy_of_a_request_is_refused_and_no_other_is_disturbed(
     program: Program, tiny: str
 ) -> None:
