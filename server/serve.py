@@ -204,7 +204,7 @@ def run(argv: list[str]) -> None:
         if why is None:
             raise
         raise SystemExit(f"kvthrift: {why}") from None
-    if engine_died():
+    if engine_died() or (args.headless and args.node_rank):  # such a host serves until one dies
         raise SystemExit("kvthrift: the engine died; see the log above")
 
 

@@ -23,6 +23,7 @@ from cache_policies.vllm_plugin.config import (
     settings,
 )
 from cache_policies.vllm_plugin.frontend import check_request, note_engine
+from cache_policies.vllm_plugin.hosts import watch_hosts
 from cache_policies.vllm_plugin.rows import Rows, rows_of
 from cache_policies.vllm_plugin.seeds import keep_generators_of_incomplete_prompts
 
@@ -63,6 +64,7 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
                 f"{active}. Is kvthrift missing from VLLM_PLUGINS, or did its plugin fail to load?"
             )
         self.rows = rows_of(vllm_config)
+        watch_hosts(vllm_config)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

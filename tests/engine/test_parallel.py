@@ -7,7 +7,7 @@ that has vLLM imported already.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,11 @@ PROMPTS = [[RNG.randrange(256) for _ in range(n)] for n in (3, 128, 300, 700, 71
 ADAPTIVE = "snapkv(budget=400,heads=adaptive)"
 
 
+def held(facts: list[dict[str, Any]], ranks: int = 1) -> list[tuple[int, float, int]]:
+    """Pages and bytes of each request on one of the ranks, and its kept tokens."""
+    return [(f["pages"], f["bytes"] / ranks, f["kept_tokens"]) for f in facts]
+
+
 def test_tensor_parallel(program: Program, tiny: str) -> None:
     """Heads that compete for places do so within their rank, which has one: as if uniform."""
     methods = [None, None, None, None, "snapkv(budget=200)", ADAPTIVE]
@@ -28,6 +33,7 @@ def test_tensor_parallel(program: Program, tiny: str) -> None:
     two = program("mixed", **arguments, methods=methods, tensor_parallel_size=2)
     assert two["tokens"] == one["tokens"]
     assert two["free"] == two["total"]
+    assert held(two["facts"]) == held(one["facts"], 2)
 
 
 def test_pipeline_stages_know_every_requests_method(program: Program, tiny: str) -> None:
@@ -40,3 +46,4 @@ def test_pipeline_stages_know_every_requests_method(program: Program, tiny: str)
               "compilation_config": {"mode": 2, "backend": "eager"}}  # fmt: skip
     two = program("mixed", **arguments, **stages)
     assert two["tokens"] == one["tokens"]
+    assert held(two["facts"]) == held(one["facts"], 2)
