@@ -1,15 +1,15 @@
 """Ends an engine that has lost a host, so that nobody waits for an answer from there.
 
-vLLM's multiprocessing executor watches the processes of its own host. Under tensor parallelism a
-lost host breaks the next sum over the ranks, and the error reaches the engine; under pipeline
-parallelism the engine waits for the last stage, which is gone, until
-``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`` (300) have passed; and without a request neither notices.
+Under tensor parallelism a lost host breaks the next sum over the ranks, and the error reaches the
+engine. Under pipeline parallelism the engine waits for the last stage, which is gone, until
+``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`` (300) have passed: vLLM's Ray executor notices and cannot
+wake it; the multiprocessing executor watches the processes of its own host only, and so without a
+request never notices either.
 
-Every worker of another host holds a connection to rank 0, and ends when that does. The kernel
-closes those of a process that ends, and probes hosts that send nothing: a worker that only computes
-for long is never taken for lost. An executor of whose own workers one ends stops by itself, but not
-while the engine waits for another host: then its process ends too. Can go when vLLM's executor
-watches the workers of all hosts.
+Between hosts of the latter, every worker holds a connection to rank 0, and ends when that does. The
+kernel closes those of a process that ends, and probes hosts that send nothing: a worker that only
+computes for long is never taken for lost. The engine ends when its executor has failed and it waits
+nevertheless. Can go when vLLM's executors watch the workers of all hosts, and wake the engine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import os
 import secrets
 import selectors
 import socket
+import sys
 import threading
 import time
-from multiprocessing import connection as pipes
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.utils.network_utils import get_ip
 
@@ -36,7 +37,7 @@ logger = init_logger("vllm.kvthrift.hosts")
 MEET_SECONDS = 60.0
 IDLE, INTERVAL, PROBES = 10, 5, 3  # of a silent host, in seconds: lost after 25
 RANK_BYTES = 4
-LOST = os.EX_UNAVAILABLE  # exit status of a worker that has lost a host
+MONITORS = ("MultiprocWorkerMonitor", "RayWorkerMonitor")  # threads of vLLM's executors
 PATIENCE = 5.0  # seconds in which the engine may end by itself, with the error it has
 
 
@@ -134,23 +135,36 @@ def _end_with(peers: dict[socket.socket, str]) -> None:
     if not peers:
         return
     logger.error("%s is gone: this worker ends, for its engine cannot go on", first_lost(peers))
-    os._exit(LOST)
+    os._exit(1)
 
 
-def watch_workers(vllm_config: VllmConfig) -> None:
-    """End this process, the engine's, when a worker has lost a host and it waits nevertheless.
+def watch_executor(vllm_config: VllmConfig) -> None:
+    """End this process, the engine's, when its executor has failed and it waits nevertheless.
 
-    A script that has the engine in its own process is left to vLLM's limit of a step.
+    The executor notices, but cannot wake an engine that waits for an answer over the network. A
+    script that has the engine in its own process is left to vLLM's limit of a step.
     """
-    several = vllm_config.parallel_config.nnodes_within_dp > 1
-    if several and multiprocessing.parent_process() is not None:
-        threading.Thread(target=_end_after_a_worker, name="kvthrift-workers", daemon=True).start()
+    parallel = vllm_config.parallel_config
+    if multiprocessing.parent_process() is None:
+        return
+    if parallel.nnodes_within_dp > 1 or parallel.use_ray:
+        for thread in threading.enumerate():
+            if thread.name in MONITORS:
+                threading.Thread(target=_end_after, args=(thread,), daemon=True).start()
 
 
-def _end_after_a_worker() -> None:
-    workers = multiprocessing.active_children()
-    pipes.wait([worker.sentinel for worker in workers])
+def _end_after(monitor: threading.Thread) -> None:
+    """Wait for the executor's monitor, which ends with the first worker that does."""
+    monitor.join()
     time.sleep(PATIENCE)
-    if any(worker.exitcode == LOST for worker in workers):
-        logger.error("the engine waits for a host that is gone: it ends")
+    if _waits():
+        logger.error("the engine waits for a worker that is gone: it ends")
         os._exit(1)
+
+
+def _waits() -> bool:
+    """Whether the main thread is waiting for an answer of a worker."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame and frame.f_code is not MessageQueue.dequeue.__code__:
+        frame = frame.f_back
+    return frame is not None

@@ -17,7 +17,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
 from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
 from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts, facts_of
-from cache_policies.vllm_plugin.hosts import watch_workers
+from cache_policies.vllm_plugin.hosts import watch_executor
 from cache_policies.vllm_plugin.mailbox import (
     SLOT_KEY,
     mailbox_of,
@@ -56,7 +56,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
-        watch_workers(self.vllm_config)
+        watch_executor(self.vllm_config)
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids is None and request.sampling_params is not None:

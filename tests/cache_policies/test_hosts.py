@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import socket
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
 from cache_policies.vllm_plugin import hosts
 from cache_policies.vllm_plugin.hosts import first_lost, meet
@@ -103,15 +105,33 @@ def test_connections_are_probed_while_nothing_is_sent() -> None:
         close(peers)
 
 
-@pytest.mark.parametrize(("status", "ended"), [(hosts.LOST, [1]), (0, []), (1, [])])
-def test_the_engine_ends_after_a_worker_that_lost_a_host(
-    monkeypatch: pytest.MonkeyPatch, status: int, ended: list[int]
+class Queue(MessageQueue):  # type: ignore[misc]
+    """Of a worker on another host, which does not answer."""
+
+    def __init__(self) -> None:
+        self._is_local_reader, self._is_remote_reader = False, True
+        self.remote_socket = self
+
+    def poll(self, timeout: int) -> bool:
+        time.sleep(timeout / 1000)
+        return False
+
+
+@pytest.mark.parametrize(("waits", "ended"), [(True, [1]), (False, [])])
+def test_an_engine_ends_that_waits_though_its_executor_has_failed(
+    monkeypatch: pytest.MonkeyPatch, *, waits: bool, ended: list[int]
 ) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=os._exit, args=(status,))
-    worker.start()
     found: list[int] = []
     monkeypatch.setattr(hosts, "PATIENCE", 0.2)
+    monkeypatch.setattr(hosts.multiprocessing, "parent_process", lambda: "a server")
     monkeypatch.setattr(hosts.os, "_exit", found.append)
-    hosts._end_after_a_worker()
-    worker.join()
+    monitor = threading.Thread(target=time.sleep, args=(0.3,), name="RayWorkerMonitor")
+    monitor.start()
+    parallel = SimpleNamespace(nnodes_within_dp=1, use_ray=True)
+    hosts.watch_executor(SimpleNamespace(parallel_config=parallel))
+    if waits:
+        with pytest.raises(TimeoutError):
+            Queue().dequeue(timeout=1.5)
+    else:
+        time.sleep(1.5)
     assert found == ended
