@@ -58,7 +58,7 @@ class Tiles:
         else:
             crowded = page.width > 64
         part = page.width
-        if page.kind == CODES:  # a power of two that divides the head size
+        if page.kind == CODES and page.group < size:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
         return cls(
             block=128 if page.kind == CODES else (32 if wide or number_bytes == 4 else 64),

@@ -22,7 +22,9 @@ SECONDS = 7200 if os.environ.get("TRITON_CHECKS") == "all" else 400
 
 
 @pytest.mark.timeout(SECONDS + 20)
-@pytest.mark.parametrize("checks", ["check_numbers", "check_attend", "check_methods"])
+@pytest.mark.parametrize(
+    "checks", ["check_numbers", "check_attend", "check_methods", "check_uneven"]
+)
 def test_triton_in_the_interpreter(checks: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider",
                "--timeout", str(SECONDS), str(HERE / f"{checks}.py")]  # fmt: skip
