@@ -71,7 +71,7 @@ def load_words(base, row, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def shared_words(rows, TIMES: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.constexpr,
                  BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The first ``ROWS`` words of every span, loaded once and repeated: a stream has more tokens."""
+    """The first ``ROWS`` words of every span, loaded once, for as many tokens as a stream has."""
     COUNT: tl.constexpr = BLOCK // 32
     base, place, _, origin = rows
     n = tl.arange(0, COUNT * ROWS)

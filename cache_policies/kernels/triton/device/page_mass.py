@@ -73,7 +73,8 @@ def sums(
             valid = number + s * (32 // STREAMS) < stored
             x = store_scores(for_store(raw, PAGE), rows, valid, scale, s, PAGE, BLOCK, True)
             m, l = add_scores(m, l, x)
-    tl.store(lse + line * PAGE.heads + head_row, m + tl.log2(l), mask=live)
+    total = m + tl.log2(tl.where(live, l, 1.0))
+    tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
 
 
 @triton.jit
