@@ -69,10 +69,11 @@ def load_words(base, row, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def shared_words(rows, TIMES: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.constexpr,
+def shared_words(rows, FIRST: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.constexpr,
                  BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The first ``ROWS`` words of every span, loaded once, for as many tokens as a stream has."""
+    """``ROWS`` words of every span from ``FIRST`` on, loaded once, for all tokens of a stream."""
     COUNT: tl.constexpr = BLOCK // 32
+    TIMES: tl.constexpr = 32 // PAGE.streams // ROWS
     base, place, _, origin = rows
     n = tl.arange(0, COUNT * ROWS)
     if PAGE.tokens % BLOCK == 0:
@@ -82,7 +83,8 @@ def shared_words(rows, TIMES: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.conste
         base = tl.max(tl.reshape(base.to(tl.int64), (COUNT, TIMES * ROWS)), 1)[:, None]
         base = tl.reshape(repeat_rows(base, ROWS), (COUNT * ROWS,)).to(tl.pointer_type(tl.uint8))
         place = tl.reshape(place, (COUNT * ROWS,))
-    words = load_words(base, place // 32 * (2 * BITS) + n % ROWS, FIELD, PAGE, BLOCK)
+    row = place // 32 * (2 * BITS) + (FIRST + n % ROWS)
+    words = load_words(base, row, FIELD, PAGE, BLOCK)
     d: tl.constexpr = words.shape[1]
     words = tl.broadcast_to(tl.reshape(words, (COUNT, 1, ROWS, d)), (COUNT, TIMES, ROWS, d))
     return tl.reshape(words, (COUNT * TIMES * ROWS, d))
@@ -102,10 +104,10 @@ def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: 
         words = load_words(base, span + (FIRST % ROWS + inner), FIELD, PAGE, BLOCK)
         x = field(words, FIRST // ROWS * FIELDS, FIELDS)
     else:
-        words = shared_words(rows, STEP // ROWS, ROWS, FIELD, BITS, PAGE, BLOCK)
+        words = shared_words(rows, 0, ROWS, FIELD, BITS, PAGE, BLOCK)
         x = field(words, (token // ROWS * FIELDS)[:, None], FIELDS)
     if BITS == 3:
-        high = load_words(base, span + (4 + token % 2), FIELD, PAGE, BLOCK)
+        high = shared_words(rows, 4, 2, FIELD, BITS, PAGE, BLOCK)
         x |= field(high, (token // 4 + token % 4 // 2 * 8)[:, None], 1) << 2
     return to_numbers(x)
 
