@@ -11,7 +11,6 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from cache_policies.errors import PolicyError
-from cache_policies.kernels import kernel_class
 from cache_policies.policy import Method, Policy, parse, parse_method
 from cache_policies.retention.rope import refuse_rotary
 from cache_policies.spelling import refuse_near
@@ -82,9 +81,6 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
 
     """
     retention, model_config = method.retention, vllm_config.model_config
-    asked = settings(vllm_config)
-    if asked and kernel_class(asked.kernel).name == "triton":
-        _refuse_on_triton(method)
     if retention is not None and (retention.UNROTATES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
@@ -92,18 +88,6 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
         raise PolicyError(
             f"{retention.name} takes exponentials of scores without bounds, and "
             f"{model_config.model} has a logit soft cap of {cap}"
-        )
-
-
-def _refuse_on_triton(method: Method) -> None:
-    if method.prefill:
-        raise PolicyError(
-            f"{method.prefill.name} has no triton kernel; it runs on CPUs (cache_kernel=cpu)"
-        )
-    if method.retention and method.retention.adaptive:
-        raise PolicyError(
-            f"{method.retention}: the triton kernel does not know heads that own unequal numbers "
-            "of pages; use heads=uniform, or a CPU (cache_kernel=cpu)"
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
-from cache_policies.policy import parse_method
-from cache_policies.vllm_plugin import GPU_BACKEND_PATH, config, register
-from cache_policies.vllm_plugin.config import refuse_method
+from cache_policies.vllm_plugin import GPU_BACKEND_PATH, register
 from cache_policies.vllm_plugin.cuda import BLOCK_SIZE, GpuBackend, GpuImpl, choose_backend
 
 if TYPE_CHECKING:
@@ -119,25 +116,3 @@ def test_the_name_without_a_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_attention_config_has_the_field_we_set() -> None:
     assert "backend_per_kind" in AttentionConfig.__dataclass_fields__
-
-
-@pytest.mark.parametrize(
-    ("method", "named"),
-    [
-        ("snapkv(budget=512,heads=adaptive)", "use heads=uniform"),
-        ("sparse-prefill", "sparse-prefill has no triton kernel"),
-    ],
-)
-def test_a_method_without_a_triton_kernel_is_refused_by_name(
-    method: str, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine: Any = SimpleNamespace(
-        additional_config={"cache_policy": "fp16"},
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace()),
-    )
-    monkeypatch.setattr(config, "kernel_class", lambda _: SimpleNamespace(name="cpu"))
-    refuse_method(parse_method(method), engine)
-    monkeypatch.setattr(config, "kernel_class", lambda _: SimpleNamespace(name="triton"))
-    with pytest.raises(PolicyError, match=named):
-        refuse_method(parse_method(method), engine)
-    refuse_method(parse_method("snapkv(budget=512)"), engine)

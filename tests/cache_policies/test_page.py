@@ -92,7 +92,7 @@ def test_constant_groups_and_huge_values_stay_finite() -> None:
 
 @settings(max_examples=25)
 @given(
-    bits=st.sampled_from(packing.BITS),
+    bits=st.sampled_from((*packing.BITS, 3)),
     channels=st.sampled_from((64, 80, 96)),
     spans=st.integers(1, 4),
     seed=st.integers(0, 99),
@@ -102,6 +102,9 @@ def test_packing_is_lossless(bits: int, channels: int, spans: int, seed: int) ->
     codes = torch.randint(0, 2**bits, (2, 32 * spans, channels), generator=rng, dtype=torch.uint8)
     assert torch.equal(packing.unpack_keys(packing.pack_keys(codes, bits), bits), codes)
     assert torch.equal(packing.unpack_values(packing.pack_values(codes, bits), bits), codes)
+    planes = packing.pack_keys(codes, bits, torch.int16)
+    assert planes.shape[2] * 16 == bits * packing.SPAN
+    assert torch.equal(packing.unpack_keys(planes, bits), codes)
 
 
 @pytest.mark.parametrize(

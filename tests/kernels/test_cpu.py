@@ -15,25 +15,11 @@ from cache_policies.kernels import kernel_class
 from cache_policies.kernels.contract import Shape
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
-from cache_policies.pages.codecs import CODECS
 from cache_policies.pages.layout import PageLayout
 from cache_policies.policy import parse
+from tests.kernels.cases import LENGTHS, POLICIES
 from tests.kernels.harness import CAPS, EXACT, TOLERANCE, WIDER, Setup
 
-POLICIES = (
-    *CODECS,
-    "flexgen-4bit(group=16)", "flexgen-4bit(group=64)", "kivi(k_bits=2,v_bits=4)",
-    "kivi(k_bits=4,v_bits=2)", "kivi(k_bits=8,v_bits=8)", "kivi-4bit(group=16,residual=64)",
-    "kivi-2bit(group=64)", "kivi-2bit(group=32,residual=32)", "kivi-2bit+layers(codec=raw)",
-    "kivi-4bit+layers(codec=flexgen-4bit)", "int8+layers(codec=kivi-4bit)",
-    "rotated(k_bits=4,v_bits=3)", "rotated(k_bits=3,v_bits=8)",
-    "kivi-4bit+layers(codec=rotated-3bit)",
-)  # fmt: skip
-# Around the edges of octets, spans, rings and pages.
-LENGTHS = st.one_of(
-    st.sampled_from((0, 1, 7, 8, 31, 32, 33, 63, 64, 127, 128, 129, 255, 256, 257, 384)),
-    st.integers(0, 500),
-)
 SEQUENCES = st.lists(
     st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))), min_size=1, max_size=4
 )

@@ -10,25 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.kernels.contract import Batch, Mass, Reads
+from cache_policies.kernels.contract import Batch, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
+from tests.kernels.cases import HELD, mass_of
 from tests.kernels.harness import CAPS, Setup
 
 POLICIES = st.sampled_from(list(CODECS))
-LENGTHS = st.sampled_from([0, 1, 31, 127, 128, 129, 300, 512])
-
-
-def _mass(setup: Setup, batch: Batch, first_query: list[int], first_token: list[int]) -> Mass:
-    """Rooms of one buffer, with space between them."""
-    held = batch.stored + batch.ring + batch.query_start.diff()
-    behind = [int(held[i + 1 :].sum()) for i in range(len(held))]  # in another order
-    place = torch.tensor([n + 7 * (len(held) - i) for i, n in enumerate(behind)])
-    place = torch.where(torch.tensor(first_query) < 0, -1, place).int()
-    columns = (torch.tensor(x, dtype=torch.int32) for x in (first_query, first_token))
-    out = torch.full((setup.shape.num_kv_heads, int(held.sum()) + 40), 0.5)
-    return Mass(*columns, place, out)
 
 
 def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> list[torch.Tensor]:
@@ -48,7 +37,7 @@ def _attend_both(setup: Setup, batch: Batch, isa: str, **options: object) -> lis
 
 @pytest.mark.parametrize("isa", supported_isas())
 @settings(max_examples=25, deadline=None)
-@given(policy=POLICIES, computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99),
+@given(policy=POLICIES, computed=st.lists(HELD, min_size=2, max_size=2), seed=st.integers(0, 99),
        soft_cap=CAPS, sinks=st.booleans())  # fmt: skip
 def test_mass_equals_the_sums_of_the_softmax(
     isa: str, policy: str, computed: list[int], seed: int, soft_cap: float, sinks: bool
@@ -60,7 +49,7 @@ def test_mass_equals_the_sums_of_the_softmax(
     batch = setup.batch(computed, fresh)
     first_query = [int(rng.integers(0, fresh[0])), -1 if seed % 2 else 0]
     first_token = [0, int(rng.integers(0, 300))]
-    masses = [_mass(setup, batch, first_query, first_token) for _ in range(2)]
+    masses = [mass_of(setup, batch, first_query, first_token) for _ in range(2)]
     outputs = _attend_both(setup, batch, isa, each=[{"mass": m} for m in masses])
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(masses[1].out, masses[0].out, rtol=2e-3, atol=2e-4)
@@ -94,7 +83,7 @@ def test_only_chosen_pages_are_read(policy: str, seed: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(policy=POLICIES, held=LENGTHS, fresh=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
+@given(policy=POLICIES, held=HELD, fresh=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
 def test_tokens_are_read_alike(policy: str, held: int, fresh: int, seed: int) -> None:
     setup = Setup.make(policy, seqs=1, max_tokens=700)
     setup.fill([held])
@@ -113,7 +102,7 @@ def test_tokens_are_read_alike(policy: str, held: int, fresh: int, seed: int) ->
 
 
 @settings(max_examples=40, deadline=None)
-@given(policy=POLICIES, held=LENGTHS, seed=st.integers(0, 99))
+@given(policy=POLICIES, held=HELD, seed=st.integers(0, 99))
 def test_what_is_written_is_read_back(policy: str, held: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     results = []
@@ -137,7 +126,7 @@ def test_what_is_written_is_read_back(policy: str, held: int, seed: int) -> None
 @settings(max_examples=25, deadline=None)
 @given(
     policy=POLICIES,
-    held=st.lists(LENGTHS, min_size=2, max_size=4),
+    held=st.lists(HELD, min_size=2, max_size=4),
     fresh=st.sampled_from([1, 40, 129]),
     seed=st.integers(0, 99),
 )
@@ -288,7 +277,7 @@ def test_blocks_of_queries_read_their_own_pages(
                 pages[number, head, :chosen] = order.int()
     first = torch.tensor([0, lists[0]], dtype=torch.int32)
     reads = Reads(pages, count, first, 64)
-    masses = [_mass(setup, batch, [0, 3], [0, 0]) if mass else None for _ in range(2)]
+    masses = [mass_of(setup, batch, [0, 3], [0, 0]) if mass else None for _ in range(2)]
     outputs = _attend_both(setup, batch, isa, each=[{"reads": reads, "mass": m} for m in masses])
     torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
     if mass:
@@ -318,7 +307,7 @@ def test_heads_may_own_places_of_other_heads_and_rows(policy: str, isa: str) -> 
                    CpuKernel(setup.layout, setup.shape, isa=isa)):  # fmt: skip
         for at, pages in ((batch, setup.pages.clone()), (mapped, moved.clone())):
             output = torch.zeros_like(query)
-            mass = _mass(setup, at, [0, 0], [0, 0])
+            mass = mass_of(setup, at, [0, 0], [0, 0])
             kernel.attend(pages, at, query, key, value, output, mass)
             kernel.append(pages, at, key, value)
             start = torch.tensor([0, 100, 300], dtype=torch.int32)

@@ -2,140 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.kernels.contract import Batch, Kernel, Mass, Reads
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.codecs import CODECS
-from cache_policies.pages.plan import Plan
 from tests.kernels.harness import Setup
+from tests.kernels.uneven import GROUP, HEADS, PAGE, Uneven, mass_of_first, nothing_fresh
 
-PAGE, HEADS, GROUP = 128, 3, 2
+if TYPE_CHECKING:
+    from cache_policies.kernels.contract import Kernel
+
 POLICIES = st.sampled_from(list(CODECS))
-TAIL = 300  # tokens of the longest tail, fresh ones included
-
-
-@dataclass
-class Uneven:
-    """A request whose heads have ``full`` pages each, then all the same tail, beside a plain one.
-
-    Attributes:
-        together: the layer of all heads.
-        alone: a layer of one head for each of them, with the same bytes in pages of its own.
-        full: pages of each head before the tail.
-        lead: pages that the longest head lacks too.
-        tail: tokens behind the full pages, before the step.
-        fresh: tokens of the step.
-
-    """
-
-    together: Setup
-    alone: list[Setup]
-    slots: torch.Tensor
-    full: list[int]
-    lead: int
-    tail: int
-    fresh: int
-
-    @classmethod
-    def make(cls, policy: str, full: list[int], lead: int, tail: int, fresh: int) -> Uneven:
-        room = PAGE * sum(full) // HEADS + TAIL
-        together = Setup.make(policy, seqs=2, heads=HEADS * GROUP, kv_heads=HEADS, max_tokens=room)
-        alone = []
-        for head, pages in enumerate(full):
-            one = Setup.make(
-                policy, seqs=1, heads=GROUP, kv_heads=1, max_tokens=PAGE * pages + TAIL, seed=head
-            )
-            one.fill([PAGE * pages + tail], seed=head)
-            alone.append(one)
-        together.fill([0, 200])
-        uneven = cls(together, alone, torch.zeros(0), full, lead, tail, fresh)
-        uneven._place()
-        return uneven
-
-    @property
-    def virtual(self) -> int:
-        """Full pages of the longest head, and those that it lacks too."""
-        return max(self.full) + self.lead
-
-    def _place(self) -> None:
-        """Give heads places anywhere in the row; copy their bytes there."""
-        ring, row = self.together.layout.ring_pages, self.together.block_table.shape[1]
-        own = torch.arange(HEADS)
-        mean = sum(self.full) // HEADS
-        plain = torch.arange(row)[None] * HEADS + own[:, None]
-        behind = plain[:, ring + mean :]
-        places = torch.randperm(mean * HEADS, generator=torch.Generator().manual_seed(5))
-        places += ring * HEADS
-        store = torch.full((HEADS, self.virtual), int(places[0]))
-        done = 0
-        for head, pages in enumerate(self.full):
-            store[head, self.virtual - pages :] = places[done : done + pages]
-            done += pages
-        uneven = torch.cat([plain[:, :ring], store, behind], 1)
-        padding = torch.zeros(HEADS, self.virtual - mean, dtype=torch.long)
-        self.slots = torch.stack([uneven, torch.cat([plain, padding], 1)]).int()
-        for head, one in enumerate(self.alone):
-            lacks = self.virtual - self.full[head]
-            at = [*range(ring), *range(ring + lacks, uneven.shape[1])]
-            for source, i in zip(one.block_table[0].tolist(), at, strict=False):
-                slot = int(uneven[head, i])
-                page = self.together.block_table[0, slot // HEADS]
-                self.together.pages[page, slot % HEADS] = one.pages[source, 0]
-
-    def batch(self) -> Batch:
-        """Both requests; the plain one has a fresh token."""
-        held = [self.virtual * PAGE + self.tail, 200]
-        return replace(self.together.batch(held, [self.fresh, 1]), slots=self.slots)
-
-    def reads(self) -> Reads:
-        """The pages that each head has."""
-        plan = Plan.of(self.together.layout)
-        total = self.virtual + int(plan.store_pages(self.tail))
-        pages = torch.zeros(2, HEADS, total, dtype=torch.int32)
-        count = torch.full((2, HEADS), -1, dtype=torch.int32)
-        for head, full in enumerate(self.full):
-            there = torch.arange(self.virtual - full, total)
-            pages[0, head, : len(there)], count[0, head] = there, len(there)
-        return Reads(pages, count, torch.arange(2, dtype=torch.int32))
-
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.together.tokens(self.fresh + 1, seed=9)
-
-    def of_head(self, head: int) -> tuple[Batch, list[torch.Tensor]]:
-        """The first request's batch and fresh tokens in the layer of one head."""
-        batch = self.alone[head].batch([self.full[head] * PAGE + self.tail], [self.fresh])
-        query, key, value = (x[: self.fresh] for x in self.tokens())
-        group = slice(head * GROUP, (head + 1) * GROUP)
-        parts = query[:, group], key[:, head : head + 1], value[:, head : head + 1]
-        return batch, [x.contiguous() for x in parts]
-
-
 FULL = st.lists(st.integers(0, 4), min_size=2, max_size=2).map(lambda n: [*n, 9 - sum(n)])
 
 
 def _kernels(setup: Setup, isa: str) -> list[Kernel]:
     cpu = CpuKernel(setup.layout, setup.shape, isa=isa, rounding=False, num_threads=2)
     return [ReferenceKernel(setup.layout, setup.shape), cpu]
-
-
-def _mass(batch: Batch, heads: int) -> Mass:
-    held = int(batch.stored[0] + batch.ring[0] + batch.query_start[1])
-    zero, place = torch.zeros((2, batch.num_seqs), dtype=torch.int32)
-    place[1:] = -1
-    return Mass(zero, zero, place, torch.zeros(heads, held))
-
-
-def _nothing_fresh(batch: Batch) -> Batch:
-    stored = int(batch.stored[0])
-    row = int(batch.store_row[0])
-    return batch.one(0, held=stored + int(batch.ring[0]), stored=stored, store_row=row)
 
 
 @pytest.mark.parametrize("isa", supported_isas())
@@ -149,7 +38,7 @@ def test_attention_mass_and_appending(
     for uneven, kernel in zip(setups, _kernels(setups[0].together, isa), strict=True):
         query, key, value = uneven.tokens()
         batch, output, pages = uneven.batch(), torch.zeros_like(query), uneven.together.pages
-        mass = _mass(batch, HEADS)
+        mass = mass_of_first(batch, HEADS)
         kernel.attend(pages, batch, query, key, value, output, mass, uneven.reads())
         kernel.append(pages, batch, key, value)
         after = batch.after_append()
@@ -157,7 +46,7 @@ def test_attention_mass_and_appending(
         for head, one in enumerate(uneven.alone):
             alone, parts = uneven.of_head(head)
             oracle = ReferenceKernel(one.layout, one.shape)
-            expected, counted = torch.zeros_like(parts[0]), _mass(alone, 1)
+            expected, counted = torch.zeros_like(parts[0]), mass_of_first(alone, 1)
             oracle.attend(one.pages, alone, *parts, expected, counted)
             got = output[:fresh, head * GROUP : (head + 1) * GROUP]
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -178,7 +67,7 @@ def test_what_is_written_is_read_back_and_no_other_page_is_touched(
     isa: str, policy: str, full: list[int], lead: int, tail: int, threads: int
 ) -> None:
     uneven = Uneven.make(policy, full, lead, tail, 1)
-    batch = _nothing_fresh(uneven.batch())
+    batch = nothing_fresh(uneven.batch())
     held = int(batch.stored + batch.ring)
     rng = torch.Generator().manual_seed(3)
     key, value = torch.randn(2, HEADS, held, 64, generator=rng)
@@ -197,7 +86,7 @@ def test_what_is_written_is_read_back_and_no_other_page_is_touched(
         got, _ = kernel.read(pages, batch, *torch.empty(2, 0, HEADS, 64), index)
         assert not got[index < 0].any()
         for head, one in enumerate(uneven.alone):
-            alone = _nothing_fresh(uneven.of_head(head)[0])
+            alone = nothing_fresh(uneven.of_head(head)[0])
             lacks = (uneven.virtual - full[head]) * PAGE
             oracle = ReferenceKernel(one.layout, one.shape)
             order = torch.arange(held - lacks, dtype=torch.int32)[None]

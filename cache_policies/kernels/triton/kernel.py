@@ -8,27 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cache_policies.errors import PolicyError
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.kernels.triton import plans
+from cache_policies.kernels.triton.arguments import Chosen, Places, require
 from cache_policies.kernels.triton.device import attend as attending
 from cache_policies.kernels.triton.device import encode as encoding
+from cache_policies.kernels.triton.device import page_mass
 from cache_policies.kernels.triton.device.mass import mass as count_mass
 from cache_policies.kernels.triton.device.read import read as read_tokens
 from cache_policies.kernels.triton.launch import launch
 from cache_policies.kernels.triton.page import LOG2_E, Page, interpreting
+from cache_policies.kernels.triton.sparse import Samples
 from cache_policies.kernels.triton.tasks import tasks_of
+from cache_policies.kernels.triton.turning import Turning
 from cache_policies.pages.codecs.packing import PLANES
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
     from cache_policies.kernels.triton.tasks import Tasks
     from cache_policies.pages.layout import PageLayout
-
-
-def _refuse_shape(shape: Shape) -> None:
-    if shape.key_offset is not None:
-        raise PolicyError("the triton kernel cannot serve layers with a key offset yet")
 
 
 class TritonKernel:
@@ -47,8 +45,8 @@ class TritonKernel:
 
     def __init__(self, layout: PageLayout, shape: Shape, *, splits: int | None = None) -> None:
         self.layout, self.shape, self.splits = layout, shape, splits
-        _refuse_shape(shape)
         self.page = Page.of(layout, shape)
+        self.turning = Turning(self.page, shape.key_offset)
         self.tiles = plans.Tiles.of(self.page)
         self._group = shape.num_heads // shape.num_kv_heads
 
@@ -70,42 +68,60 @@ class TritonKernel:
         reads: Reads | None = None,
     ) -> None:
         self._check(pages, batch, query=query, key=key, value=value, output=output)
-        chosen, lse = _Chosen(reads, batch), None
+        chosen, lse = Chosen(reads, batch, self._group, self.tiles.many_rows), None
         if mass is not None:
             lse = torch.empty(*query.shape[:2], dtype=torch.float32, device=pages.device)
         few, many = tasks_of(batch, self._group, self.tiles.many_rows)
-        tensors = query, key, value, output
+        turning, room = self.turning, self.turning.room(output)
+        query, key, value = turning.rotated(query), turning.keys(key), turning.rotated(value)
+        tensors = query, key, value, room
         if len(many):
             self._attend(batch, many, pages, chosen, tensors, lse, 0)
         if len(few):
             self._attend(batch, few, pages, chosen, tensors, lse, self._splits(batch, few))
+        turning.rotate_back(room, output)
         if mass is not None:
             assert lse is not None
             self._mass(batch, mass, pages, chosen, query, key, lse)
 
-    def page_mass(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse: a sparse prefill is refused before a request comes here.
-
-        Raises:
-            PolicyError: always.
-
-        """
-        raise PolicyError("the triton kernel has no sparse prefill yet")
+    def page_mass(
+        self,
+        pages: torch.Tensor,
+        batch: Batch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        blocks: torch.Tensor,
+        samples: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check(pages, batch, query=query, key=key)
+        size, kv_heads = self.layout.page_tokens, self.shape.num_kv_heads
+        width = -(-int(batch.host.stored.max(initial=0)) // size) * size
+        out = torch.zeros(len(blocks), kv_heads, width, dtype=torch.float32, device=pages.device)
+        if len(blocks):
+            chosen = Samples(batch, blocks, samples)
+            key = self.turning.keys(key)
+            query = self.turning.rotated(query[chosen.lines])
+            self._shares(pages, batch, chosen, query, key, out)
+            out /= (chosen.blocks[:, 1] * self._group)[:, None, None]
+        mass = out.unflatten(2, (-1, size)).sum(3) if width else out
+        return mass, 1 - mass.sum(2)
 
     def append(
         self, pages: torch.Tensor, batch: Batch, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._check(pages, batch, key=key, value=value)
+        key, value = self.turning.keys(key), self.turning.rotated(value)
         counts, host, tiles, table = batch.device_counts, batch.host, self.tiles, batch.block_table
-        seqs, heads = batch.num_seqs, self.shape.num_kv_heads
-        strides = table.stride(0), key.stride(0), value.stride(0), pages.stride(0), pages.stride(1)
+        seqs, heads, places = batch.num_seqs, self.shape.num_kv_heads, Places(batch, self.page)
+        tables = pages, table, places.slots, table.stride(0), places.stride
+        strides = key.stride(0), value.stride(0), pages.stride(0), pages.stride(1)
         parts = -(-host.stored_after // tiles.span) - host.stored // tiles.span
         parts = parts[host.stored_after > host.stored]
         launch(
             encoding.absorb, (int(parts.max(initial=0)), seqs, heads * tiles.parts),
             key, value, counts.query_start, counts.stored, counts.ring, counts.stored_after,
-            counts.store_row, pages, table, *strides,
-            PAGE=self.page, SPAN=tiles.span, WIDTH=tiles.part_width, warps=tiles.warps,
+            counts.store_row, *tables, *strides,
+            PAGE=places.page, SPAN=tiles.span, WIDTH=tiles.part_width, warps=tiles.warps,
             fusion=False,
         )  # fmt: skip
         left = host.ring + host.appended - host.stored_after + host.stored
@@ -113,7 +129,7 @@ class TritonKernel:
         launch(
             encoding.keep_ring, (-(-most // tiles.ring_span), seqs, heads),
             key, value, counts.query_start, counts.ring, counts.stored, counts.stored_after,
-            counts.appended, pages, table, *strides, PAGE=self.page, SPAN=tiles.ring_span,
+            counts.appended, *tables, *strides, PAGE=places.page, SPAN=tiles.ring_span,
         )  # fmt: skip
 
     def read(
@@ -126,23 +142,29 @@ class TritonKernel:
         start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(pages, batch, key=key, value=value)
+        key, value = self.turning.keys(key), self.turning.rotated(value)
         if index is None:
             numbers, start = all_tokens(batch.host)
             index = numbers.expand(self.shape.num_kv_heads, -1)
         index, host = _int32("index", index, pages), batch.host
         shape = (2, *index.shape, self.layout.head_size)
         out = torch.empty(shape, dtype=torch.float32, device=pages.device)
-        block = self.tiles.ring_span
+        block, places = self.tiles.ring_span, Places(batch, self.page)
         for seq, (first, end) in enumerate(pairwise(spans(host, index.shape[1], start))):
             fresh = int(host.query_start[seq] + host.appended[seq])
             launch(
                 read_tokens, (-(-(end - first) // block), self.shape.num_kv_heads),
                 index[:, first:], key, value, out[0, :, first:], out[1, :, first:],
                 int(host.stored[seq]), int(host.ring[seq]), fresh, end - first, index.shape[1],
-                pages, batch.block_table[seq], int(host.store_row[seq]),
-                key.stride(0), value.stride(0), pages.stride(0), pages.stride(1),
-                PAGE=self.page, BLOCK=block, fusion=False,
+                pages, batch.block_table[seq], places.slots[seq], int(host.store_row[seq]),
+                places.stride, key.stride(0), value.stride(0), pages.stride(0), pages.stride(1),
+                PAGE=places.page, BLOCK=block, fusion=False,
             )  # fmt: skip
+        rows = out.transpose(1, 2)
+        self.turning.keys_back(rows[0], rows[0])
+        self.turning.rotate_back(rows[1], rows[1])
+        if self.shape.key_offset is not None:
+            out[0].masked_fill_(index[..., None] < 0, 0)
         return out[0], out[1]
 
     def write(
@@ -157,9 +179,11 @@ class TritonKernel:
         self._check(pages, batch)
         wanted = (self.shape.num_kv_heads, index.shape[1], self.layout.head_size)
         for x in (key, value):
-            _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
-            _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
+            require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
+            require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
         index = _int32("index", index, pages)
+        key = self.turning.keys(key.transpose(0, 1)).transpose(0, 1)
+        value = self.turning.rotated(value.transpose(0, 1)).transpose(0, 1)
         for seq, (first, end) in enumerate(pairwise(spans(batch.host, index.shape[1], start))):
             if end > first:
                 part = slice(first, end)
@@ -172,28 +196,29 @@ class TritonKernel:
         """Tokens of one request."""
         host, tiles, stride = batch.host, self.tiles, key.stride(0) // self.layout.head_size
         stored, ring, row = int(host.stored[seq]), int(host.ring[seq]), int(host.store_row[seq])
+        places = Places(batch, self.page)
         if self.page.by_channel:
-            _require(index.shape[1] == stored + ring, "write all tokens, in order")
+            require(index.shape[1] == stored + ring, "write all tokens, in order")
         inverse = _inverse(index, stored + ring)
         for in_ring, slots, span in ((False, stored, tiles.span), (True, ring, tiles.ring_span)):
             width, parts = (self.page.width, 1) if in_ring else (tiles.part_width, tiles.parts)
             launch(
                 encoding.write, (-(-slots // span), self.shape.num_kv_heads * parts),
                 inverse, key, value, stored, stored + ring, stride, pages,
-                batch.block_table[seq], row, pages.stride(0), pages.stride(1),
-                PAGE=self.page, SPAN=span, WIDTH=width, RING=in_ring, warps=tiles.warps,
-                fusion=False,
+                batch.block_table[seq], places.slots[seq], row, places.stride,
+                pages.stride(0), pages.stride(1), PAGE=places.page, SPAN=span, WIDTH=width,
+                RING=in_ring, warps=tiles.warps, fusion=False,
             )  # fmt: skip
 
     # ---- attention
 
     def _attend(
-        self, batch: Batch, tasks: Tasks, pages: torch.Tensor, chosen: _Chosen, tensors: Any,
+        self, batch: Batch, tasks: Tasks, pages: torch.Tensor, chosen: Chosen, tensors: Any,
         lse: torch.Tensor | None, splits: int,
     ) -> None:  # fmt: skip
         """All blocks of ``tasks``; with their stores split if ``splits`` is not 0."""
         (query, key, value, output), table = tensors, batch.block_table
-        counts, tiles = batch.device_counts, self.tiles
+        counts, tiles, places = batch.device_counts, self.tiles, Places(batch, self.page)
         heads, lines = self.shape.num_heads, tasks.lines.shape[0] if splits else 0
         shape = (lines, heads, splits + 1)
         sums = torch.empty(*shape, self.layout.head_size, dtype=torch.float32, device=pages.device)
@@ -204,11 +229,12 @@ class TritonKernel:
             attending.attend, (len(tasks), self.shape.num_kv_heads, splits + 1),
             query, key, value, output, sums, part_lse, total, sinks.to(pages.device),
             tasks.blocks, counts.query_start,
-            counts.stored, counts.ring, counts.store_row, pages, table, chosen.pages,
-            chosen.count, self.shape.scale * LOG2_E, splits, chosen.width, table.stride(0),
-            query.stride(0), key.stride(0), value.stride(0), output.stride(0),
+            counts.stored, counts.ring, counts.store_row, pages, table, places.slots, chosen.pages,
+            chosen.count, chosen.lists, self.shape.scale * LOG2_E, splits, chosen.width,
+            chosen.block, table.stride(0),
+            places.stride, query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=plans.FEW_ROWS if splits else tiles.many_rows, BLOCK=tiles.block,
+            PAGE=places.page, M=plans.FEW_ROWS if splits else tiles.many_rows, BLOCK=tiles.block,
             RECENT=tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
             warps=tiles.warps if splits else tiles.many_warps, stages=tiles.stages,
         )  # fmt: skip
@@ -220,28 +246,57 @@ class TritonKernel:
             )  # fmt: skip
 
     def _mass(
-        self, batch: Batch, mass: Mass, pages: torch.Tensor, chosen: _Chosen,
+        self, batch: Batch, mass: Mass, pages: torch.Tensor, chosen: Chosen,
         query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor,
     ) -> None:  # fmt: skip
         """Count the mass of every token, a program for each tile of tokens."""
         out, tiles, host, table = mass.out, self.tiles, batch.host, batch.block_table
-        _require(out.dtype == torch.float32 and out.stride(1) == 1, "mass: float32")
-        _require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
-        _require(out.device == pages.device, "mass and pages on one device")
+        require(out.dtype == torch.float32 and out.stride(1) == 1, "mass: float32")
+        require(out.shape[0] == self.shape.num_kv_heads, "mass: heads")
+        require(out.device == pages.device, "mass and pages on one device")
         fresh, counts = host.query_start[1:] - host.query_start[:-1], batch.device_counts
+        places = Places(batch, self.page)
+        flags = chosen.flags(-(-int(host.stored.max(initial=0)) // self.layout.page_tokens))
         ends = mass.place.numpy() + host.stored + host.ring + fresh
         counted = mass.place.numpy() >= 0
-        _require(int(ends[counted].max(initial=0)) <= out.shape[1], "mass: too few places")
+        require(int(ends[counted].max(initial=0)) <= out.shape[1], "mass: too few places")
         count = -(-host.stored // tiles.block) - (-host.ring // tiles.recent)
         count = (count - (-fresh // tiles.recent))[counted]
         launch(
             count_mass, (int(count.max(initial=0)), batch.num_seqs, self.shape.num_kv_heads),
             query, key, lse, counts.query_start, counts.stored, counts.ring, counts.store_row,
-            *mass.device_counts, out, pages, table, chosen.pages, chosen.count,
-            self.shape.scale * LOG2_E, out.stride(0), chosen.width, table.stride(0),
-            query.stride(0), key.stride(0), pages.stride(0), pages.stride(1),
-            PAGE=self.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent,
-            READS=chosen.any, warps=tiles.warps, stages=tiles.stages,
+            *mass.device_counts, out, pages, table, places.slots, chosen.pages, chosen.count,
+            chosen.lists, flags, self.shape.scale * LOG2_E, out.stride(0), chosen.width,
+            chosen.block, flags.shape[-1], table.stride(0),
+            places.stride, query.stride(0), key.stride(0), pages.stride(0), pages.stride(1),
+            PAGE=places.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent,
+            READS=chosen.any and not chosen.block, FLAGS=chosen.block > 0, warps=tiles.warps,
+            stages=tiles.stages,
+        )  # fmt: skip
+
+    def _shares(
+        self, pages: torch.Tensor, batch: Batch, chosen: Samples, query: torch.Tensor,
+        key: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Add what the chosen queries of each block give every token of the store."""
+        counts, tiles, table = batch.device_counts, self.tiles, batch.block_table
+        places, heads = Places(batch, self.page), self.shape.num_kv_heads
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=pages.device)
+        sinks = lse if self.shape.sinks is None else self.shape.sinks.detach().to(pages.device)
+        tables, scale = (pages, table, places.slots), self.shape.scale * LOG2_E
+        strides = table.stride(0), places.stride, query.stride(0)
+        options = {"PAGE": places.page, "SAMPLES": chosen.each, "M": plans.FEW_ROWS,
+                   "BLOCK": tiles.block, "warps": tiles.warps, "stages": tiles.stages}  # fmt: skip
+        launch(
+            page_mass.sums, (len(chosen), heads, -(-chosen.each * self._group // plans.FEW_ROWS)),
+            query, key, chosen.position, lse, sinks, chosen.blocks, counts.query_start,
+            counts.stored, counts.ring, counts.store_row, *tables, scale, *strides, key.stride(0),
+            pages.stride(0), pages.stride(1), RECENT=tiles.recent, **options,
+        )  # fmt: skip
+        launch(
+            page_mass.shares, (-(-out.shape[2] // tiles.block), len(chosen), heads),
+            query, lse, chosen.blocks, counts.stored, counts.store_row, out, *tables, scale,
+            *strides, out.stride(1), pages.stride(0), pages.stride(1), **options,
         )  # fmt: skip
 
     def _splits(self, batch: Batch, few: Tasks) -> int:
@@ -255,37 +310,23 @@ class TritonKernel:
 
     def _check(self, pages: torch.Tensor, batch: Batch, **tensors: torch.Tensor) -> None:
         table = batch.block_table
-        _require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
-        _require(table.device == pages.device, "block_table and pages on one device")
+        require(table.dtype == torch.int32 and table.stride(-1) == 1, "block_table must be int32")
+        require(table.device == pages.device, "block_table and pages on one device")
         if batch.slots is not None:
-            raise PolicyError("the triton kernel does not know heads that own unequal page slots")
-        _require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")
-        _require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
+            require(batch.slots.device == pages.device, "slots and pages on one device")
+            require(batch.slots.dtype == torch.int32, "slots: int32")
+            wanted = (batch.num_seqs, self.shape.num_kv_heads)
+            require(batch.slots.shape[:2] == wanted, f"slots: {tuple(batch.slots.shape)}")
+            require(batch.slots.is_contiguous(), "slots must be contiguous")
+        require(pages.dtype == torch.uint8 and pages.stride(-1) == 1, "pages must be bytes")
+        require(pages.shape[1:] == (self.shape.num_kv_heads, self.layout.head_bytes), "page shape")
         for name, x in tensors.items():
             heads = self.shape.num_heads if name in {"query", "output"} else self.page.kv_heads
             dtype, size = self.layout.model_dtype, self.layout.head_size
-            _require(x.dtype == dtype, f"{name} must be {dtype}, not {x.dtype}")
-            _require(x.shape[1:] == (heads, size), f"{name} has shape {tuple(x.shape)}")
-            _require(x.stride(2) == 1 and x.stride(1) == size, f"{name}: heads not contiguous")
-            _require(x.device == pages.device, f"{name} and pages on one device")
-
-
-class _Chosen:
-    """``Reads`` on the device; where there are none, the counts stand in for both tensors."""
-
-    def __init__(self, reads: Reads | None, batch: Batch) -> None:
-        self.any, self.width = reads is not None, 0
-        self.pages = self.count = batch.device_counts.stored
-        if reads is not None:
-            _require(not reads.block, "reads: one list a request")
-            device = batch.block_table.device
-            self.width = reads.pages.shape[2]
-            if reads.block:
-                raise PolicyError("the triton kernel reads one list of pages for a request")
-            first = reads.first.to(device, non_blocking=True)
-            self.pages = reads.pages.to(device, non_blocking=True)[first]
-            self.count = reads.count.to(device, non_blocking=True)[first]
-            _require(self.pages.dtype == self.count.dtype == torch.int32, "reads: int32")
+            require(x.dtype == dtype, f"{name} must be {dtype}, not {x.dtype}")
+            require(x.shape[1:] == (heads, size), f"{name} has shape {tuple(x.shape)}")
+            require(x.stride(2) == 1 and x.stride(1) == size, f"{name}: heads not contiguous")
+            require(x.device == pages.device, f"{name} and pages on one device")
 
 
 def _inverse(index: torch.Tensor, held: int) -> torch.Tensor:
@@ -298,14 +339,9 @@ def _inverse(index: torch.Tensor, held: int) -> torch.Tensor:
 
 
 def _int32(name: str, x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    _require(x.dtype == torch.int32, f"{name}: int32")
-    _require(x.shape[0] == pages.shape[1], f"{name}: {tuple(x.shape)}")
+    require(x.dtype == torch.int32, f"{name}: int32")
+    require(x.shape[0] == pages.shape[1], f"{name}: {tuple(x.shape)}")
     return x.to(pages.device, non_blocking=True).contiguous()
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"triton kernel: {message}")
 
 
 @cache

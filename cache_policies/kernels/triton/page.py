@@ -16,6 +16,8 @@ from cache_policies.pages.codecs.int8 import Int8
 from cache_policies.pages.codecs.kivi import Kivi
 from cache_policies.pages.codecs.packing import PLANES
 from cache_policies.pages.codecs.plain import Raw
+from cache_policies.pages.codecs.rotated import Rotated
+from cache_policies.pages.codecs.rotation import block
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Shape
@@ -54,6 +56,8 @@ class Page:
         precision: of dot products of float32.
         cap: soft cap on scores in base 2, 0 for none.
         sinks: whether query heads have learned sinks.
+        rotation: channels that the codec's rotation mixes, a power of two; 0: it has none.
+        mapped: whether a slot map says whose place of a row the bytes of a head are in.
 
     """
 
@@ -80,6 +84,8 @@ class Page:
     precision: str
     cap: float
     sinks: bool
+    rotation: int = 0
+    mapped: bool = False
 
     @property
     def width(self) -> int:
@@ -88,8 +94,21 @@ class Page:
 
     @property
     def streams(self) -> int:
-        """Tokens in a column of a tile of words; see ``device.codes``."""
-        return 16 // min(self.key_bits, self.value_bits) if self.kind == CODES else 1
+        """Parts in which a tile of codes is decoded; see ``device.codes``.
+
+        With eight of them, matrix products of 16 tokens are too small for four warps.
+        """
+        return min(4, 16 // min(self.key_bits, self.value_bits)) if self.kind == CODES else 1
+
+    @property
+    def rotation_stages(self) -> int:
+        """Stages of sums and differences."""
+        return self.rotation.bit_length() - 1
+
+    @property
+    def rotation_scale(self) -> float:
+        """Factor that makes the rotation orthonormal."""
+        return float(self.rotation**-0.5)
 
     @classmethod
     def of(cls, layout: PageLayout, shape: Shape) -> Page:
@@ -116,7 +135,7 @@ class Page:
             **{name: layout.offsets.get(name, 0) for name in scales},
             key_bits=affine.key_bits if affine else 8,
             value_bits=affine.value_bits if affine else 8,
-            group=affine.divisor if affine else 1,
+            group=_group(affine, layout.head_size),
             by_channel=affine is not None and affine.keys_per_channel,
             ring_tokens=layout.ring_tokens,
             stored=stored,
@@ -126,12 +145,19 @@ class Page:
             precision="ieee" if torch.version.hip else "tf32x3",
             cap=shape.soft_cap * LOG2_E,
             sinks=shape.sinks is not None,
+            rotation=block(layout.head_size) if codec.ROTATES else 0,
         )
+
+
+def _group(codec: AffineCodec | None, head_size: int) -> int:
+    if codec is None:
+        return 1
+    return codec.divisor if codec.keys_per_channel else codec.channel_group(head_size)
 
 
 def _kind(layout: PageLayout) -> tuple[str, Any]:
     codec = layout.codec
-    if isinstance(codec, (FlexGen, Kivi)):
+    if isinstance(codec, (FlexGen, Kivi, Rotated)):
         return CODES, tl.uint16
     if isinstance(codec, Int8):
         return INT8, tl.int8
@@ -139,7 +165,7 @@ def _kind(layout: PageLayout) -> tuple[str, Any]:
         return PLAIN, TYPES[codec.dtype(layout.model_dtype)]
     raise PolicyError(
         f"the triton kernel does not know the codec {codec}; it knows raw, fp16, bf16, int8, "
-        "flexgen-4bit and kivi"
+        "flexgen-4bit, kivi and rotated"
     )
 
 

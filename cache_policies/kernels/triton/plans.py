@@ -53,24 +53,26 @@ class Tiles:
         """Sizes for a page."""
         wide, size = page.width > 128, page.head_size
         number_bytes = 1 if page.kind == INT8 else page.stored.primitive_bitwidth // 8
-        if page.kind == CODES:
-            crowded = page.width == 64 and not page.by_channel
+        coded = page.kind == CODES
+        if coded:
+            crowded = page.width == 128 and min(page.key_bits, page.value_bits) == 2
         else:
             crowded = page.width > 64
         part = page.width
-        if page.kind == CODES:  # a power of two that divides the head size
+        if coded and page.group < size:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
         return cls(
-            block=128 if page.kind == CODES else (32 if wide or number_bytes == 4 else 64),
-            recent=32,
+            block=128 if coded else (32 if wide or number_bytes == 4 else 64),
+            # Scales of a token take registers: decode of flexgen spills on sm_90 with 32.
+            recent=16 if coded and page.width == 64 and not page.by_channel else 32,
             span=max(32, page.group) if page.by_channel else 32,
             part_width=part,
             parts=-(-size // part),
             ring_span=32,
             warps=8 if wide else 4,
-            # Codes are decoded in registers; with 64 rows of 128 channels they spill on sm_80.
-            many_rows=64 if page.width == 64 or page.kind != CODES else (16 if wide else 32),
-            # Scales of a token take registers too: 64 rows on four warps spill on sm_80 with them.
+            # Codes are decoded in registers: they spill on sm_80 with 64 rows on four warps, take
+            # more instructions for a row on eight, and those of 2 bits spill on sm_90 with 32 rows.
+            many_rows=(16 if wide else 32) if coded else 64,
             many_warps=8 if wide or crowded else 4,
             # A second stage takes registers that these have not: int8 spills on sm_80 with it.
             stages=1 if wide or page.kind == INT8 else 2,

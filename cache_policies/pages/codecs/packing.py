@@ -14,10 +14,11 @@ vector ``i`` sits in bit field ``i % (8 / bits)`` of byte run ``i // (8 / bits)`
 low two are laid out as codes of 2 bits; 16 bytes with the high ones follow: that of byte ``j`` of
 vector ``i`` is bit ``i + 4 (j // 16)`` of byte ``j % 16``.
 
-``planes``, 16-bit words, for GPUs, of 2, 4 or 8 bits: with ``n = 16 / bits`` codes a word, bit
-field ``s`` of word ``[g, i, c]`` holds the code of token ``32 g + s * 32 / n + i`` and channel
-``c``, so that one shift of a tile of words gives a tile of codes, and neighbouring threads read
-neighbouring channels.
+``planes``, 16-bit words, for GPUs: with ``n = 16 / bits`` codes a word, bit field ``s`` of word
+``[g, i, c]`` holds the code of token ``32 g + s * 32 / n + i`` and channel ``c``, so that one shift
+of a tile of words gives a tile of codes, and neighbouring threads read neighbouring channels. Of 3
+bits the low two are laid out as codes of 2 bits, four words; two words with the high ones follow:
+bit ``s + 8 h`` of the ``i``-th is that of token ``32 g + 4 s + 2 h + i``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LANES, PLANES = "lanes", "planes"
 SPAN = 32  # tokens packed together
 FP16_MAX = torch.finfo(torch.float16).max
 _HIGH_BIT = (torch.arange(4)[:, None] + 4 * torch.arange(2)).to(torch.uint8)[..., None]
+_HIGH_PLANE = (torch.arange(8)[:, None] + 8 * torch.arange(2)).int()[..., None, None]
 
 
 def check_bits(name: str, bits: int, allowed: tuple[int, ...] = BITS) -> None:
@@ -91,6 +93,9 @@ def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """``[heads, tokens, channels]`` -> ``[heads, tokens / 32, 2 * bits, channels]`` int16."""
+    if bits == 3:
+        split = (codes >> 2).int().unflatten(1, (-1, 8, 2, 2)) << _HIGH_PLANE
+        return torch.cat([pack_planes(codes & 3, 2), split.sum((2, 3)).to(torch.int16)], 2)
     fields = 16 // bits
     split = codes.int().unflatten(1, (-1, fields, SPAN // fields))
     shifts = (torch.arange(fields, dtype=torch.int32) * bits)[:, None, None]
@@ -99,6 +104,9 @@ def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_planes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of ``pack_planes``."""
+    if bits == 3:
+        high = (packed[:, :, None, None, 4:].int() >> _HIGH_PLANE) & 1
+        return unpack_planes(packed[:, :, :4], 2) | (high.to(torch.uint8).flatten(1, 4) << 2)
     shifts = (torch.arange(16 // bits, dtype=torch.int32) * bits)[:, None, None]
     codes = (packed.int()[:, :, None] >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(1, 3)
@@ -119,10 +127,6 @@ def value_field(packed: str, page_tokens: int, head_size: int, bits: int) -> Fie
 
 
 def _plane_shape(page_tokens: int, head_size: int, bits: int) -> tuple[int, int, int]:
-    if bits not in BITS:
-        raise PolicyError(
-            f"codes of {bits} bits have no packing for the triton kernel; bits that do: {BITS}"
-        )
     return page_tokens // SPAN, 2 * bits, head_size
 
 

@@ -158,7 +158,9 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
 
     def note(name: str, *calls: Launch) -> None:
-        found.update({f"{c.function.__name__} {name}".strip(): c for c in calls})
+        for call in calls:
+            back = " back" if call.constants.get("BACK") else ""
+            found[f"{call.function.__name__}{back} {name}".strip()] = call
 
     for name, fresh in (("decode", [1, 1]), ("prefill", [96, 96])):
         batch, tokens = setup.batch([512, 512], fresh), setup.tokens(sum(fresh), 0)
@@ -174,6 +176,19 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
     with recorded() as calls:
         kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]), mass, reads)
     note("reading chosen pages, counted", *calls)
+    own = torch.arange(setup.block_table.shape[1])[:, None] * heads + torch.arange(heads)
+    slots = own.T.int().repeat(2, 1, 1)
+    with recorded() as calls:
+        kernel.attend(setup.pages, replace(batch, slots=slots), *tokens,
+                      torch.empty_like(tokens[0]), mass, reads)  # fmt: skip
+    note("of uneven heads", *calls)
+    batch, tokens = setup.batch([512, 512], [128, 128]), setup.tokens(256, 0)
+    reads = Reads(lists, first[:, None].expand(2, heads), torch.arange(2, dtype=torch.int32), 128)
+    blocks = torch.tensor([[0, 0, 128], [1, 0, 128]], dtype=torch.int32)
+    with recorded() as calls:
+        kernel.page_mass(setup.pages, batch, *tokens[:2], blocks, 8)
+        kernel.attend(setup.pages, batch, *tokens, torch.empty_like(tokens[0]), mass, reads)
+    note("of a sparse prefill", *calls)
     batch, tokens = setup.batch([500, 0], [96, 32]), setup.tokens(128, 0)
     one = batch.one(0, held=512, stored=512, store_row=row)
     index = torch.arange(512, dtype=torch.int32).expand(heads, -1).contiguous()
@@ -183,6 +198,10 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
         kernel.read(setup.pages, one, *tokens[1:], index)
         kernel.write(setup.pages, one, index, x, x)
     note("", *calls)
+    with recorded() as calls:
+        kernel.append(setup.pages, replace(batch, slots=slots), *tokens[1:])
+        kernel.write(setup.pages, replace(one, slots=slots[:1]), index, x, x)
+    note("of uneven heads", *calls)
     return found
 
 

@@ -13,15 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_policies.errors import PolicyError
+from tests.kernels.cases import LENGTHS, POLICIES
 from tests.kernels.harness import TOLERANCE, Setup
-from tests.kernels.test_cpu import LENGTHS
-from tests.kernels.test_cpu import POLICIES as CPU_POLICIES
-from tests.kernels.triton.setup import ALL, Both, examples, make
+from tests.kernels.triton.setup import ALL, Both, examples, make, on_device, there
 
-POLICIES = [policy for policy in CPU_POLICIES if "rotated" not in policy]
 # One codec of each kind of page daily, the whole list nightly.
 DAILY = ("raw", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "kivi(k_bits=2,v_bits=4)",
-         "bf16", "kivi-4bit(group=16,residual=64)")  # fmt: skip
+         "bf16", "kivi-4bit(group=16,residual=64)", "rotated(k_bits=4,v_bits=3)")  # fmt: skip
 SEQUENCES = st.lists(
     st.tuples(LENGTHS, st.sampled_from((1, 1, 1, 2, 5, 33, 90))),
     min_size=1,
@@ -99,12 +97,14 @@ SIZES = [
     for head_size in (64, 80, 96, 128, 256)
     for page_tokens in (32, 64, 128, 256)
     for policy in ("raw", "fp16", "int8", "flexgen-4bit(group=16)",
-                   "kivi-4bit(group=16,residual=32)", "kivi-2bit(group=32,residual=32)")
+                   "kivi-4bit(group=16,residual=32)", "kivi-2bit(group=32,residual=32)",
+                   "rotated-3bit", "rotated-4bit")
 ]  # fmt: skip
 FEW_SIZES = [
     (80, 128, "flexgen-4bit(group=16)"), (96, 64, "kivi-2bit(group=32,residual=32)"),
     (128, 128, "kivi-4bit(group=128)"), (80, 32, "int8"), (256, 256, "fp16"),
-    (256, 32, "kivi-4bit(group=16,residual=32)"),
+    (256, 32, "kivi-4bit(group=16,residual=32)"), (80, 32, "rotated(k_bits=3,v_bits=2)"),
+    (96, 128, "rotated-4bit"),
 ]  # fmt: skip
 
 
@@ -165,16 +165,24 @@ def test_pages_packed_for_another_kernel_are_refused() -> None:
         Both(setup)
 
 
-def test_what_the_kernels_do_not_know_is_refused_by_name() -> None:
-    with pytest.raises(PolicyError, match="codes of 3 bits have no packing for the triton kernel"):
-        Both(make("rotated-3bit"))
-    with pytest.raises(PolicyError, match=r"does not know the codec rotated.*knows raw, fp16"):
-        Both(make("rotated-4bit"))
-    setup = make("fp16")
-    shape = replace(setup.shape, key_offset=torch.zeros(2, 64))
-    with pytest.raises(PolicyError, match="layers with a key offset"):
-        Both(replace(setup, shape=shape))
-    slots = torch.zeros(2, 2, 8, dtype=torch.int32)
-    batch = replace(setup.batch([0, 0], [1, 1]), slots=slots)
-    with pytest.raises(PolicyError, match="unequal page slots"):
-        Both(setup).triton.append(setup.pages, batch, *setup.tokens(2, 0)[1:])
+@pytest.mark.parametrize("policy", POLICIES if ALL else ("flexgen-4bit", "rotated-4bit"))
+def test_a_key_offset_is_taken_before_keys_are_stored_and_added_to_what_is_read(
+    policy: str,
+) -> None:
+    setup = make(policy, heads=4, kv_heads=2)
+    bias = torch.zeros(2, 64)
+    bias[:, 7], bias[1, 40] = 64.0, -32.0
+    setup.shape = replace(setup.shape, key_offset=bias)
+    setup.fill([200, 40])
+    batch, (query, key, value) = setup.batch([200, 40], [1, 5]), setup.tokens(6, seed=7)
+    both, tokens = Both(setup), (query, key + bias, value)
+    expected, got = both.attend(batch, tokens, {}, {})
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[torch.float32], rtol=0)
+    assert torch.equal(*both.append(batch, *tokens[1:]))
+    after, start = batch.after_append(), torch.tensor([0, 4, 8], dtype=torch.int32)
+    index = torch.tensor([[5, -1, 200, 41, 0, -1, 44, 40]], dtype=torch.int32).expand(2, -1)
+    index = index.contiguous()
+    held = both.reference.read(both.pages, after, *tokens[1:], index, start)
+    found = both.triton.read(both.pages_there, on_device(after), *there(*tokens[1:], index), start)
+    torch.testing.assert_close([x.cpu() for x in found], list(held), rtol=1e-5, atol=1e-5)
+    assert not found[0][:, 1].any()

@@ -15,15 +15,11 @@ from hypothesis import strategies as st
 
 from cache_policies.kernels.contract import Mass, Reads
 from cache_policies.pages.codecs import CODECS
-from tests.kernels.test_eviction_kernels import LENGTHS, _mass
+from tests.kernels.cases import HELD, mass_of
 from tests.kernels.triton.setup import ALL, DEVICE, Both, examples, make, on_device, there
 
 PAGES = ["int8", "kivi-4bit"]
-NAMES = (
-    [name for name in CODECS if "rotated" not in name]
-    if ALL
-    else ["fp16", "int8", "flexgen-4bit", "kivi-4bit"]
-)
+NAMES = list(CODECS) if ALL else ["fp16", "int8", "flexgen-4bit", "kivi-4bit", "rotated-3bit"]
 CLOSE = {"rtol": 5e-3, "atol": 5e-3}
 
 
@@ -33,7 +29,7 @@ def _there(mass: Mass) -> Mass:
 
 @pytest.mark.parametrize("policy", NAMES)
 @examples(1, 10)
-@given(computed=st.lists(LENGTHS, min_size=2, max_size=2), seed=st.integers(0, 99))
+@given(computed=st.lists(HELD, min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_mass_equals_the_sums_of_the_softmax(policy: str, computed: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     setup = make(policy, heads=6 if ALL else 2, kv_heads=2 if ALL else 1, max_tokens=900)
@@ -42,7 +38,7 @@ def test_mass_equals_the_sums_of_the_softmax(policy: str, computed: list[int], s
     batch = setup.batch(computed, fresh)
     first_query = [int(rng.integers(0, fresh[0])), -1 if seed % 2 else 0]
     first_token = [0, int(rng.integers(0, 300))]
-    masses = [_mass(setup, batch, first_query, first_token) for _ in range(2)]
+    masses = [mass_of(setup, batch, first_query, first_token) for _ in range(2)]
     masses[1] = _there(masses[1])
     both = Both(setup)
     tokens = setup.tokens(sum(fresh), seed=9)
@@ -61,7 +57,7 @@ def test_mass_under_a_soft_cap_and_beside_learned_sinks(policy: str) -> None:
     setup = make(policy, heads=4, kv_heads=2, max_tokens=400, soft_cap=0.5, sinks=True)
     setup.fill([200, 130])
     batch, both = setup.batch([200, 130], [1, 20]), Both(setup)
-    masses = [_mass(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
+    masses = [mass_of(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
     masses[1] = _there(masses[1])
     outputs = both.attend(batch, setup.tokens(21, seed=9), {"mass": masses[0]}, {"mass": masses[1]})
     torch.testing.assert_close(*outputs, **CLOSE)
@@ -90,7 +86,7 @@ def test_only_chosen_pages_are_read_and_counted(policy: str, page_tokens: int, s
         pages[0, head, :3] = torch.tensor(sorted(rng.choice(5, 3, replace=False)))
     first = torch.arange(2, dtype=torch.int32)
     reads = Reads(pages, torch.tensor([[3, 3], [-1, -1]], dtype=torch.int32), first)
-    masses = [_mass(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
+    masses = [mass_of(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
     masses[1] = _there(masses[1])
     both, tokens = Both(setup), setup.tokens(sum(fresh), seed=9)
     chosen = both.attend(batch, tokens, *({"reads": reads, "mass": m} for m in masses))
@@ -103,7 +99,7 @@ def test_only_chosen_pages_are_read_and_counted(policy: str, page_tokens: int, s
 
 @pytest.mark.parametrize("policy", NAMES)
 @examples(2, 15)
-@given(held=LENGTHS, fresh=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
+@given(held=HELD, fresh=st.sampled_from([0, 1, 5]), seed=st.integers(0, 99))
 def test_tokens_are_read_alike(policy: str, held: int, fresh: int, seed: int) -> None:
     setup = make(policy, seqs=1, max_tokens=700)
     setup.fill([held])
@@ -125,7 +121,7 @@ def test_tokens_are_read_alike(policy: str, held: int, fresh: int, seed: int) ->
 
 @pytest.mark.parametrize("policy", NAMES)
 @examples(2, 15)
-@given(held=LENGTHS, seed=st.integers(0, 99))
+@given(held=HELD, seed=st.integers(0, 99))
 def test_what_is_written_is_read_back(policy: str, held: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     data = torch.randn(2, 2, held, 64, generator=rng)
@@ -184,3 +180,53 @@ def test_several_requests_are_read_and_written_together(policy: str) -> None:
     both.reference.write(both.pages, batch, index.contiguous(), *data.clone(), start)
     both.triton.write(both.pages_there, on_device(batch), *there(index.contiguous(), *data), start)
     assert torch.equal(both.pages_there.cpu(), both.pages)
+
+
+@pytest.mark.parametrize("policy", NAMES if ALL else ["int8", "kivi-4bit"])
+@pytest.mark.parametrize(("samples", "sinks"), [(3, False), (8, True)])
+def test_shares_of_pages_of_a_few_queries(policy: str, samples: int, *, sinks: bool) -> None:
+    setup = make(policy, seqs=2, heads=4, kv_heads=2, max_tokens=500, soft_cap=5.0, sinks=sinks)
+    setup.fill([300, 0])
+    batch, both = setup.batch([300, 0], [70, 40]), Both(setup)
+    query, key, _ = setup.tokens(110, seed=4)
+    blocks = torch.tensor([[0, 0, 64], [0, 64, 2], [1, 0, 40]], dtype=torch.int32)
+    expected = both.reference.page_mass(both.pages, batch, query, key, blocks, samples)
+    got = both.triton.page_mass(
+        both.pages_there, on_device(batch), *there(query, key), blocks, samples
+    )
+    torch.testing.assert_close([x.cpu() for x in got], list(expected), rtol=5e-3, atol=2e-3)
+    assert expected[0][2].sum() == 0, "a request without stored tokens"
+
+
+@pytest.mark.parametrize("policy", NAMES if ALL else ["int8", "kivi-4bit"])
+@examples(1, 8)
+@given(seed=st.integers(0, 99))
+def test_blocks_of_queries_read_their_own_pages(policy: str, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    setup = make(policy, seqs=2, heads=2, kv_heads=2, max_tokens=500)
+    setup.fill([300, 130])
+    batch = setup.batch([300, 130], [70, 1])
+    stored = -(-int(batch.stored[0]) // 128)
+    pages = torch.zeros(3, 2, 3, dtype=torch.int32)
+    count = torch.tensor([[1, stored], [-1, 1], [-1, 0]], dtype=torch.int32)
+    for number, head in ((0, 0), (0, 1), (1, 1)):
+        many = int(count[number, head])
+        chosen = torch.randperm(stored, generator=rng)[:many].sort().values
+        pages[number, head, :many] = chosen.int()
+    reads = Reads(pages, count, torch.tensor([0, 2], dtype=torch.int32), 64)
+    masses = [mass_of(setup, batch, [0, 0], [0, 0]) for _ in range(2)]
+    masses[1] = _there(masses[1])
+    both, tokens = Both(setup), setup.tokens(71, seed=9)
+    outputs = both.attend(batch, tokens, *({"reads": reads, "mass": m} for m in masses))
+    torch.testing.assert_close(*outputs, **CLOSE)
+    torch.testing.assert_close(masses[1].out.cpu(), masses[0].out, rtol=1e-2, atol=2e-3)
+    everything = both.attend(batch, tokens, {}, {})
+    assert not torch.allclose(everything[1][:64], outputs[1][:64], atol=1e-3)
+
+
+def test_lists_whose_queries_do_not_fill_a_block_of_rows_are_refused() -> None:
+    setup = make("fp16", heads=2, kv_heads=2)
+    reads = Reads(torch.zeros(2, 2, 1).int(), torch.zeros(2, 2).int(), torch.zeros(2).int(), 20)
+    tokens = setup.tokens(2, 0)
+    with pytest.raises(ValueError, match="20 queries a list"):
+        Both(setup).attend(setup.batch([0, 0], [1, 1]), tokens, {}, {"reads": reads})

@@ -42,7 +42,8 @@ def there(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def on_device(batch: Batch) -> Batch:
-    return replace(batch, block_table=batch.block_table.to(DEVICE))
+    slots = None if batch.slots is None else batch.slots.to(DEVICE)
+    return replace(batch, block_table=batch.block_table.to(DEVICE), slots=slots)
 
 
 class Both:

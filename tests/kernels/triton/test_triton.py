@@ -22,7 +22,9 @@ SECONDS = 7200 if os.environ.get("TRITON_CHECKS") == "all" else 400
 
 
 @pytest.mark.timeout(SECONDS + 20)
-@pytest.mark.parametrize("checks", ["check_numbers", "check_attend", "check_methods"])
+@pytest.mark.parametrize(
+    "checks", ["check_numbers", "check_attend", "check_methods", "check_uneven"]
+)
 def test_triton_in_the_interpreter(checks: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider",
                "--timeout", str(SECONDS), str(HERE / f"{checks}.py")]  # fmt: skip
@@ -32,6 +34,18 @@ def test_triton_in_the_interpreter(checks: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
+
+
+def test_triton_checks_need_no_cpu_kernels() -> None:
+    """On a GPU they run without a build, as the programs that time it."""
+    names = [f"tests.kernels.triton.{path.stem}" for path in sorted(HERE.glob("check_*.py"))]
+    names += [f"benchmarks.gpu_{name}" for name in ("check", "timing", "model")]
+    without = "import sys; sys.modules['cache_policies.kernels._cpu'] = None"
+    program = f"{without}; import {', '.join(names)}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parents[2], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_triton_kernel_is_refused_where_it_cannot_run(

@@ -4,7 +4,12 @@ import triton
 import triton.language as tl
 
 from cache_policies.kernels.triton.device.codes import keys, per_token, values
-from cache_policies.kernels.triton.device.place import store_of, tile_of, tokens_to_read
+from cache_policies.kernels.triton.device.place import (
+    chosen_of,
+    request_of,
+    tile_of,
+    tokens_to_read,
+)
 from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
 from cache_policies.kernels.triton.device.types import narrow
 
@@ -86,6 +91,17 @@ def recent_tile(q, m, l, acc, k, v, seen, scale, PAGE: tl.constexpr):
 
 
 @triton.jit
+def softmax_start(sinks, sunk, PAGE: tl.constexpr):
+    """Maximum and sum of each row before its first token; a sink is a score without a value."""
+    m, l = tl.full(sunk.shape, LEAST, tl.float32), tl.zeros(sunk.shape, tl.float32)
+    if PAGE.sinks:
+        sink = tl.load(sinks, mask=sunk, other=0.0).to(tl.float32)
+        m = tl.where(sunk, tl.maximum(sink * LOG2_E, LEAST), m)
+        l = tl.where(sunk, 1.0, l)
+    return m, l
+
+
+@triton.jit
 def over_store(q, m, l, acc, store, low, end, limit, scale, PAGE: tl.constexpr,
                BLOCK: tl.constexpr, READS: tl.constexpr):  # fmt: skip
     """Add tiles ``low .. end`` of the store; of the last one a part may be held."""
@@ -98,12 +114,11 @@ def over_store(q, m, l, acc, store, low, end, limit, scale, PAGE: tl.constexpr,
 
 
 @triton.jit
-def over_ring(q, m, l, acc, pages, row, page_stride, offset, count, scale, PAGE: tl.constexpr,
-              RECENT: tl.constexpr):  # fmt: skip
+def over_ring(q, m, l, acc, request, count, scale, PAGE: tl.constexpr, RECENT: tl.constexpr):
     """Add the ring, which every query sees."""
     for begin in range(0, count, RECENT):
         j = begin + tl.arange(0, RECENT)
-        k, v = ring_at(pages, row, page_stride, offset, j, count, PAGE)
+        k, v = ring_at(request, j, count, PAGE)
         k, v = recent(k, v, j < count, PAGE)
         m, l, acc = recent_tile(q, m, l, acc, k, v, (j < count)[None, :], scale, PAGE)
     return m, l, acc
@@ -123,10 +138,38 @@ def over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, 
 
 
 @triton.jit
+def block_of(task, query_start, AGAIN: tl.constexpr):
+    """Of a block of queries ``(request, its first fresh token, number of these, first row)``.
+
+    Loaded ``AGAIN`` after the loops, so that no registers hold meanwhile what follows from it.
+    """
+    seq, first = tl.load(task, volatile=AGAIN), tl.load(task + 1, volatile=AGAIN)
+    start = tl.load(query_start + seq, volatile=AGAIN)
+    return seq, start, tl.load(query_start + seq + 1, volatile=AGAIN) - start, first
+
+
+@triton.jit
+def rows_of(first, head, fresh, M: tl.constexpr, PAGE: tl.constexpr):
+    """Of rows from ``first`` on, each a query of one query head.
+
+    Returns:
+        the queries, their heads, which there are; of each channel its offset from the first of
+        the query, and whether there is one.
+
+    """
+    GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
+    rows, columns = first + tl.arange(0, M), tl.arange(0, PAGE.width)[None, :]
+    query, head_row, live = rows // GROUP, head * GROUP + rows % GROUP, rows < fresh * GROUP
+    at = head_row[:, None] * PAGE.head_size + columns
+    return query, head_row, live, at, live[:, None] & (columns < PAGE.head_size)
+
+
+@triton.jit
 def attend(
     query, key, value, output, part_sum, part_lse, lse, sinks, tasks, query_start, stored_count,
-    ring_count, store_row, pages, table, chosen, count, scale, splits, width, table_stride,
-    query_stride, key_stride, value_stride, output_stride,
+    ring_count, store_row, pages, table, slots, chosen, count, lists, scale, splits, width,
+    list_queries, table_stride,
+    slots_stride, query_stride, key_stride, value_stride, output_stride,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
     SPLIT: tl.constexpr, READS: tl.constexpr, LSE: tl.constexpr,
@@ -135,21 +178,21 @@ def attend(
 
     The last part is that of the recent tokens. A row of a block is a query of one query head.
     """
-    GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
     task, head, part = tasks + 3 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    seq, first = tl.load(task), tl.load(task + 1)
-    start = tl.load(query_start + seq)
-    fresh = tl.load(query_start + seq + 1) - start
-    rows, columns = first + tl.arange(0, M), tl.arange(0, PAGE.width)
-    token, head_row = rows // GROUP, head * GROUP + rows % GROUP
-    live = rows < fresh * GROUP
-    real = live[:, None] & (columns < PAGE.head_size)[None, :]
-    at = head_row[:, None] * PAGE.head_size + columns[None, :]
+    seq, start, fresh, first = block_of(task, query_start, False)
+    GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
+    token, head_row, live, at, real = rows_of(first, head, fresh, M, PAGE)
     line = (start + token).to(tl.int64)
     raw = tl.load(query + line[:, None] * query_stride + at, mask=real, other=0.0)
 
-    store = store_of(pages, table, table_stride, store_row, chosen, count, width, seq, head,
-                     page_stride, head_stride, PAGE, READS)  # fmt: skip
+    request = request_of(pages, table, table_stride, slots, slots_stride, seq.to(tl.int64), head,
+                         page_stride, head_stride, PAGE)  # fmt: skip
+    number = seq
+    if READS:  # the list of the block's queries, or of all the request's
+        number = tl.load(lists + seq)
+        if list_queries > 0:
+            number += first // GROUP // list_queries
+    store = chosen_of(request, tl.load(store_row + seq), chosen, count, width, number, PAGE, READS)
     limit = tokens_to_read(store, tl.load(stored_count + seq), PAGE, READS)
     ring = tl.load(ring_count + seq)
     last = tl.minimum(fresh, (first + M - 1) // GROUP + 1)  # no query of the block sees further
@@ -159,35 +202,31 @@ def attend(
         low = tl.where(part == splits, 0, part * each)
         end = tl.where(part == splits, 0, tl.minimum(low + each, end))
         ring, last = tl.where(part == splits, ring, 0), tl.where(part == splits, last, 0)
-    m, l = tl.full([M], LEAST, tl.float32), tl.zeros([M], tl.float32)
-    if PAGE.sinks:
-        # a score without a value, in one part of the sum: that of the recent tokens
-        count_sunk = fresh * GROUP
-        if SPLIT:
-            count_sunk = tl.where(part == splits, count_sunk, 0)
-        sunk = rows < count_sunk
-        sink = tl.load(sinks + head_row, mask=sunk, other=0.0).to(tl.float32)
-        m = tl.where(sunk, tl.maximum(sink * LOG2_E, LEAST), m)
-        l = tl.where(sunk, 1.0, l)
+    # Sinks take part in one part of a split sum, that of the recent tokens, or in the only one.
+    sunk = token < tl.where(part == splits, fresh, 0)
+    m, l = softmax_start(sinks + head_row, sunk, PAGE)
     acc = tl.zeros([M, PAGE.width], tl.float32)
+    # The store comes last: its loop takes all registers, and what only the others need is gone.
+    q = raw.to(PAGE.recent)
+    m, l, acc = over_ring(q, m, l, acc, request, ring, scale, PAGE, RECENT)
+    m, l, acc = over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token,
+                           last, scale, PAGE, RECENT)  # fmt: skip
     m, l, acc = over_store(
         for_store(raw, PAGE), m, l, acc, store, low, end, limit, scale, PAGE, BLOCK, READS
     )
-    q, row = raw.to(PAGE.recent), table + seq.to(tl.int64) * table_stride
-    m, l, acc = over_ring(
-        q, m, l, acc, pages, row, page_stride, store[5], ring, scale, PAGE, RECENT
-    )
-    m, l, acc = over_fresh(q, m, l, acc, key, value, key_stride, value_stride, start, head, token,
-                           last, scale, PAGE, RECENT)  # fmt: skip
 
     safe = tl.where(l > 0, l, 1.0)
     result, total = acc / safe[:, None], tl.where(l > 0, m + tl.log2(safe), float("-inf"))
+    seq, start, fresh, first = block_of(task, query_start, True)
+    token, head_row, live, at, real = rows_of(first, head, fresh, M, PAGE)
     if SPLIT:
         line = (tl.load(task + 2) + token).to(tl.int64) * PAGE.heads + head_row
         line = line * (splits + 1) + part
-        tl.store(part_sum + line[:, None] * PAGE.head_size + columns[None, :], result, mask=real)
+        columns = tl.arange(0, PAGE.width)[None, :]
+        tl.store(part_sum + line[:, None] * PAGE.head_size + columns, result, mask=real)
         tl.store(part_lse + line, total, mask=live)
     else:
+        line = (start + token).to(tl.int64)
         result = narrow(result, output.dtype.element_ty)
         tl.store(output + line[:, None] * output_stride + at, result, mask=real)
         if LSE:

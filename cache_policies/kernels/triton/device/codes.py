@@ -1,8 +1,8 @@
 """Keys and values of a tile of store pages, decoded: ``[rows, width]`` in ``PAGE.dot``.
 
-A row is a token of the stream ``S``: codes of 2, 4 or 8 bits lie in bit fields of 16-bit words
-(``pages/codecs/packing.py``, planes), and the tokens of one bit field are a stream. Where keys and
-values differ in bits, the one with more fields decides the streams.
+A row is a token of the stream ``S``: codes lie in bit fields of 16-bit words
+(``pages/codecs/packing.py``, planes), and the tokens of one bit field are a stream; of 2 bits, and
+of 3 whose low two lie so, those of two. Where keys and values differ, the fewer bits decide.
 """
 
 import triton
@@ -12,14 +12,20 @@ from cache_policies.kernels.triton.device.place import at_rows
 
 
 @triton.jit
-def unpack(words, shift, BITS: tl.constexpr):
-    """Codes as float16, of words of two channels ``[n, d]`` -> ``[n, 2 d]``.
+def field(words, shift, BITS: tl.constexpr):
+    """A bit field of each half of words of two channels."""
+    return (words >> shift) & (((1 << BITS) - 1) * 0x10001)
+
+
+@triton.jit
+def to_numbers(pairs):
+    """Codes as float16, of pairs of channels ``[n, d]`` -> ``[n, 2 d]``.
 
     0x6400 | code is the float16 1024 + code; the subtraction is exact.
     """
-    n: tl.constexpr = words.shape[0]
-    d: tl.constexpr = words.shape[1]
-    x = ((words >> shift) & (((1 << BITS) - 1) * 0x10001)) | 0x64006400
+    n: tl.constexpr = pairs.shape[0]
+    d: tl.constexpr = pairs.shape[1]
+    x = pairs | 0x64006400
     low, high = (x & 0xFFFF).to(tl.uint16), (x >> 16).to(tl.uint16)
     pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
     return tl.reshape(pair, (n, 2 * d)) - 1024.0
@@ -51,21 +57,59 @@ def load_columns(pointer, PAGE: tl.constexpr):
 
 
 @triton.jit
-def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """Codes of stream ``S`` as float16 numbers."""
-    base, place, inner, _ = rows
-    FIRST: tl.constexpr = S * (32 // PAGE.streams)  # of the stream's tokens in a span of 32
-    ROWS: tl.constexpr = 2 * BITS  # of words for a span
-    row = place // 32 * ROWS + (FIRST % ROWS + inner)
+def load_words(base, row, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of words, those of two channels together."""
     column = tl.arange(0, PAGE.width // 2)[None, :]
     at = row[:, None] * (PAGE.head_size // 2) + column
     pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.uint32)) + at
     if PAGE.width == PAGE.head_size:
-        words = tl.load(pointer)
+        return tl.load(pointer)
     else:
-        words = tl.load(pointer, mask=column < PAGE.head_size // 2, other=0)
-    return unpack(words, FIRST // ROWS * BITS, BITS)
+        return tl.load(pointer, mask=column < PAGE.head_size // 2, other=0)
+
+
+@triton.jit
+def shared_words(rows, FIRST: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.constexpr,
+                 BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``ROWS`` words of every span from ``FIRST`` on, loaded once, for all tokens of a stream."""
+    COUNT: tl.constexpr = BLOCK // 32
+    TIMES: tl.constexpr = 32 // PAGE.streams // ROWS
+    base, place, _, origin = rows
+    n = tl.arange(0, COUNT * ROWS)
+    if PAGE.tokens % BLOCK == 0:
+        place = origin + n // ROWS * 32
+    else:
+        place = repeat_rows(tl.min(tl.reshape(place, (COUNT, TIMES * ROWS)), 1)[:, None], ROWS)
+        base = tl.max(tl.reshape(base.to(tl.int64), (COUNT, TIMES * ROWS)), 1)[:, None]
+        base = tl.reshape(repeat_rows(base, ROWS), (COUNT * ROWS,)).to(tl.pointer_type(tl.uint8))
+        place = tl.reshape(place, (COUNT * ROWS,))
+    row = place // 32 * (2 * BITS) + (FIRST + n % ROWS)
+    words = load_words(base, row, FIELD, PAGE, BLOCK)
+    d: tl.constexpr = words.shape[1]
+    words = tl.broadcast_to(tl.reshape(words, (COUNT, 1, ROWS, d)), (COUNT, TIMES, ROWS, d))
+    return tl.reshape(words, (COUNT * TIMES * ROWS, d))
+
+
+@triton.jit
+def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Codes of stream ``S`` as float16 numbers."""
+    base, place, inner, _ = rows
+    STEP: tl.constexpr = 32 // PAGE.streams
+    FIRST: tl.constexpr = S * STEP  # of the stream's tokens in a span of 32
+    FIELDS: tl.constexpr = 2 if BITS == 3 else BITS  # bits of a bit field
+    ROWS: tl.constexpr = 2 * FIELDS  # of words with such fields for a span
+    span, token = place // 32 * (2 * BITS), FIRST + inner
+    if STEP <= ROWS:  # the stream is in one bit field
+        words = load_words(base, span + (FIRST % ROWS + inner), FIELD, PAGE, BLOCK)
+        x = field(words, FIRST // ROWS * FIELDS, FIELDS)
+    else:
+        words = shared_words(rows, 0, ROWS, FIELD, BITS, PAGE, BLOCK)
+        x = field(words, (token // ROWS * FIELDS)[:, None], FIELDS)
+    if BITS == 3:
+        high = shared_words(rows, 4, 2, FIELD, BITS, PAGE, BLOCK)
+        x |= field(high, (token // 4 + token % 4 // 2 * 8)[:, None], 1) << 2
+    return to_numbers(x)
 
 
 @triton.jit
@@ -95,7 +139,8 @@ def by_channel(rows, FIELD: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
 def by_token(base, token, valid, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
              MASK: tl.constexpr):  # fmt: skip
     """Scales of the tokens' groups of channels, each repeated."""
-    group = tl.arange(0, PAGE.width // PAGE.group)[None, :]
+    COUNT: tl.constexpr = PAGE.width // PAGE.group  # a lone group may be no power of two
+    group = tl.arange(0, COUNT)[None, :]
     at = group * PAGE.tokens + token[:, None]
     pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at
     real = group < PAGE.head_size // PAGE.group
@@ -105,7 +150,7 @@ def by_token(base, token, valid, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK:
         x = tl.load(pointer)
     else:
         x = tl.load(pointer, mask=real, other=0.0)
-    return repeat_columns(x, PAGE.group)
+    return repeat_columns(x, PAGE.width // COUNT)
 
 
 @triton.jit

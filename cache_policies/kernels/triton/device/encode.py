@@ -8,7 +8,8 @@ would round once where the codec rounds twice.
 import triton
 import triton.language as tl
 
-from cache_policies.kernels.triton.device.place import page_base
+from cache_policies.kernels.triton.device.place import request_of, run_at, store_of
+from cache_policies.kernels.triton.device.recent import ring_place
 from cache_policies.kernels.triton.device.source import numbered, pending
 from cache_policies.kernels.triton.device.types import (
     divided,
@@ -34,16 +35,43 @@ def quantize(x, AXIS: tl.constexpr, BITS: tl.constexpr):
 def put_words(base, codes, first, c, given, BITS: tl.constexpr, SPAN: tl.constexpr,
               WIDTH: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Write codes ``[SPAN, WIDTH]`` of the given tokens into their words; keep the other codes."""
-    ROWS: tl.constexpr = 2 * BITS
-    FIELDS: tl.constexpr = 16 // BITS
     COUNT: tl.constexpr = SPAN // 32
-    shift = tl.reshape(tl.arange(0, FIELDS) * BITS, (1, FIELDS, 1, 1))
-    mask = tl.where(given, (1 << BITS) - 1, 0).to(tl.int32)[:, None]
-    code = codes.to(tl.int32) & mask
-    code = tl.sum(tl.reshape(code, (COUNT, FIELDS, ROWS, WIDTH)) << shift, 1)
+    span = first // 32 + tl.arange(0, COUNT)
+    at = base.to(tl.pointer_type(tl.uint16)) + span[:, None, None] * (2 * BITS * PAGE.head_size)
+    at += c[None, None, :]
+    code, given = codes.to(tl.int32), given.to(tl.int32)[:, None]
+    if BITS == 3:
+        shift = tl.arange(0, 8)[:, None] + tl.arange(0, 2)[None, :] * 8
+        put_fields(at, code & 3, given, tl.arange(0, 8) * 2, 2, COUNT, 8, 4, WIDTH, PAGE)
+        put_fields(
+            at + 4 * PAGE.head_size,
+            code >> 2,
+            given,
+            tl.reshape(shift, (16,)),
+            1,
+            COUNT,
+            16,
+            2,
+            WIDTH,
+            PAGE,
+        )
+    else:
+        FIELDS: tl.constexpr = 16 // BITS
+        put_fields(
+            at, code, given, tl.arange(0, FIELDS) * BITS, BITS, COUNT, FIELDS, 2 * BITS, WIDTH, PAGE
+        )
+
+
+@triton.jit
+def put_fields(at, code, given, shift, BITS: tl.constexpr, COUNT: tl.constexpr,
+               FIELDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+               PAGE: tl.constexpr):  # fmt: skip
+    """Write codes of ``COUNT`` spans into the ``FIELDS`` bit fields of ``ROWS`` words each."""
+    mask = given * ((1 << BITS) - 1)
+    shift = tl.reshape(shift, (1, FIELDS, 1, 1))
+    code = tl.sum(tl.reshape(code & mask, (COUNT, FIELDS, ROWS, WIDTH)) << shift, 1)
     mask = tl.sum(tl.reshape(mask, (COUNT, FIELDS, ROWS, 1)) << shift, 1)
-    row = first // 32 * ROWS + tl.arange(0, COUNT)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    at = base.to(tl.pointer_type(tl.uint16)) + row[:, :, None] * PAGE.head_size + c[None, None, :]
+    at += tl.arange(0, ROWS)[None, :, None] * PAGE.head_size
     old = tl.load(at).to(tl.int32)
     tl.store(at, ((old & ~mask) | code).to(tl.uint16))
 
@@ -54,7 +82,7 @@ def put_by_token(base, x, token, c, given, BITS: tl.constexpr, SCALE: tl.constex
                  PAGE: tl.constexpr):  # fmt: skip
     """Quantize over groups of channels; write scales and minima, and return the codes."""
     COUNT: tl.constexpr = WIDTH // PAGE.group
-    codes, scale, low = quantize(tl.reshape(x, (SPAN, COUNT, PAGE.group)), 2, BITS)
+    codes, scale, low = quantize(tl.reshape(x, (SPAN, COUNT, WIDTH // COUNT)), 2, BITS)
     group = tl.min(c, 0) // PAGE.group + tl.arange(0, COUNT)
     at = base.to(tl.pointer_type(tl.float16)) + (group[None, :] * PAGE.tokens + token[:, None])
     real = given[:, None] & (group[None, :] >= 0)
@@ -132,34 +160,44 @@ def put(base, k, v, first, c, given, SPAN: tl.constexpr, WIDTH: tl.constexpr, PA
 
 
 @triton.jit
+def channels(part, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+    """KV head and channels of a program; beyond a lone group of codes its last one is repeated."""
+    PARTS: tl.constexpr = (PAGE.head_size + WIDTH - 1) // WIDTH
+    c = part % PARTS * WIDTH + tl.arange(0, WIDTH)
+    if PAGE.kind == "codes" and PARTS * WIDTH > PAGE.head_size:
+        c = tl.minimum(c, PAGE.head_size - 1)
+    return part // PARTS, c
+
+
+@triton.jit
 def absorb(
-    key, value, query_start, stored_count, ring_count, stored_after, store_row, pages, table,
-    table_stride, key_stride, value_stride, page_stride: tl.int64, head_stride: tl.int64,
+    key, value, query_start, stored_count, ring_count, stored_after, store_row, pages, table, slots,
+    table_stride, slots_stride, key_stride, value_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Span ``program_id(0)`` of what one request moves from ring and step to the store."""
     seq, part = tl.program_id(1), tl.program_id(2)
-    PARTS: tl.constexpr = (PAGE.head_size + WIDTH - 1) // WIDTH
-    head, c = part // PARTS, part % PARTS * WIDTH + tl.arange(0, WIDTH)
+    head, c = channels(part, WIDTH, PAGE)
     stored, after = tl.load(stored_count + seq), tl.load(stored_after + seq)
     first = stored // SPAN * SPAN + tl.program_id(0) * SPAN
     if first < after:
-        row = table + seq.to(tl.int64) * table_stride
-        offset = head.to(tl.int64) * head_stride
+        request = request_of(pages, table, table_stride, slots, slots_stride, seq.to(tl.int64),
+                             head, page_stride, head_stride, PAGE)  # fmt: skip
         slot = first + tl.arange(0, SPAN)
         given = (slot >= stored) & (slot < after)
-        k, v = pending(row, pages, key, value, key_stride, value_stride, page_stride, offset,
-                       tl.load(query_start + seq), tl.load(ring_count + seq), head, slot - stored,
-                       c, given, PAGE)  # fmt: skip
-        store = pages, row + tl.load(store_row + seq), row, -1, page_stride, offset
-        base = page_base(store, first // PAGE.tokens)
+        k, v = pending(request, key, value, key_stride, value_stride, tl.load(query_start + seq),
+                       tl.load(ring_count + seq), slot - stored, c, given, PAGE)  # fmt: skip
+        store = store_of(request, tl.load(store_row + seq), PAGE)
+        base = run_at(store, first // PAGE.tokens, PAGE)
         put(base, k, v, first % PAGE.tokens, c, given, SPAN, WIDTH, PAGE)
 
 
 @triton.jit
 def keep_ring(
-    key, value, query_start, ring_count, stored_count, stored_after, appended, pages, table,
-    table_stride, key_stride, value_stride, page_stride: tl.int64, head_stride: tl.int64,
+    key, value, query_start, ring_count, stored_count, stored_after, appended, pages, table, slots,
+    table_stride, slots_stride, key_stride, value_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Write the fresh tokens that stay in the ring: span ``program_id(0)`` of the ring."""
@@ -169,21 +207,20 @@ def keep_ring(
     place = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     fresh = place + absorbed - ring  # number of the fresh token that comes here
     valid = (fresh >= 0) & (fresh < count)
-    row = table + seq.to(tl.int64) * table_stride
     line = (tl.load(query_start + seq) + fresh).to(tl.int64)[:, None]
     channel = head * PAGE.head_size + c[None, :]
     real = valid[:, None] & (c < PAGE.head_size)[None, :]
     k = tl.load(key + line * key_stride + channel, mask=real, other=0.0)
     v = tl.load(value + line * value_stride + channel, mask=real, other=0.0)
-    put_ring(pages, row, page_stride, head.to(tl.int64) * head_stride, place, k, v, c, valid, PAGE)
+    request = request_of(pages, table, table_stride, slots, slots_stride, seq.to(tl.int64), head,
+                         page_stride, head_stride, PAGE)  # fmt: skip
+    put_ring(request, place, k, v, c, valid, PAGE)
 
 
 @triton.jit
-def put_ring(pages, row, page_stride, head_offset, place, k, v, c, valid, PAGE: tl.constexpr):
+def put_ring(request, place, k, v, c, valid, PAGE: tl.constexpr):
     """Ring tokens in 16 bit: ``[key | value]``."""
-    page = tl.load(row + place // PAGE.ring_tokens, mask=valid, other=0).to(tl.int64)
-    at = (place % PAGE.ring_tokens) * (4 * PAGE.head_size)
-    base = (pages + page * page_stride + head_offset + at).to(tl.pointer_type(PAGE.ring))
+    base = ring_place(request, place, valid, PAGE)
     k, v = k.to(tl.float32), v.to(tl.float32)
     if PAGE.ring == tl.float16:
         k, v = to_half(k), to_half(v)
@@ -196,24 +233,26 @@ def put_ring(pages, row, page_stride, head_offset, place, k, v, c, valid, PAGE: 
 
 @triton.jit
 def write(
-    inverse, key, value, stored, held, stride, pages, row, store_row,
+    inverse, key, value, stored, held, stride, pages, row, slots, store_row, slots_stride,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Span ``program_id(0)`` of one request's store, or of its ring, from numbered rows."""
     part = tl.program_id(1)
-    PARTS: tl.constexpr = (PAGE.head_size + WIDTH - 1) // WIDTH
-    head, c = part // PARTS, part % PARTS * WIDTH + tl.arange(0, WIDTH)
+    head, c = channels(part, WIDTH, PAGE)
     first = tl.program_id(0) * SPAN
-    place, offset = first + tl.arange(0, SPAN), head.to(tl.int64) * head_stride
+    place = first + tl.arange(0, SPAN)
+    request = request_of(
+        pages, row, 0, slots, slots_stride, 0, head, page_stride, head_stride, PAGE
+    )
     if RING:
         slot = stored + place
         k, v, given = numbered(inverse, key, value, held, stride, head, slot, c, slot < held, PAGE)
-        put_ring(pages, row, page_stride, offset, place, k, v, c, given, PAGE)
+        put_ring(request, place, k, v, c, given, PAGE)
     else:
         k, v, given = numbered(
             inverse, key, value, held, stride, head, place, c, place < stored, PAGE
         )
-        store = pages, row + store_row, row, -1, page_stride, offset
-        base = page_base(store, first // PAGE.tokens)
-        put(base, k, v, first % PAGE.tokens, c, given, SPAN, WIDTH, PAGE)
+        if tl.max(given.to(tl.int32), 0) > 0:  # the place of a page that a head lacks is another's
+            base = run_at(store_of(request, store_row, PAGE), first // PAGE.tokens, PAGE)
+            put(base, k, v, first % PAGE.tokens, c, given, SPAN, WIDTH, PAGE)

@@ -5,8 +5,9 @@ import triton.language as tl
 
 from cache_policies.kernels.triton.device.attend import capped, for_store, store_scores
 from cache_policies.kernels.triton.device.place import (
+    chosen_of,
     page_number,
-    store_of,
+    request_of,
     tile_of,
     tokens_to_read,
 )
@@ -36,10 +37,11 @@ def add(out, at, x, valid):
 @triton.jit
 def mass(
     query, key, lse, query_start, stored_count, ring_count, store_row, first_query, first_token,
-    place, out, pages, table, chosen, count, scale, out_stride, width, table_stride, query_stride,
-    key_stride, page_stride: tl.int64, head_stride: tl.int64,
+    place, out, pages, table, slots, chosen, count, lists, flags, scale, out_stride, width,
+    list_queries, flag_pages, table_stride, slots_stride, query_stride, key_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
-    READS: tl.constexpr,
+    READS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Tile ``program_id(0)`` of the tokens of one request and head: store, ring, fresh tiles."""
     GROUP: tl.constexpr = PAGE.heads // PAGE.kv_heads
@@ -49,8 +51,13 @@ def mass(
         start, first = tl.load(query_start + seq), tl.load(first_query + seq)
         fresh = tl.load(query_start + seq + 1) - start
         stored, ring = tl.load(stored_count + seq), tl.load(ring_count + seq)
-        store = store_of(pages, table, table_stride, store_row, chosen, count, width, seq, head,
-                         page_stride, head_stride, PAGE, READS)  # fmt: skip
+        request = request_of(pages, table, table_stride, slots, slots_stride, seq.to(tl.int64),
+                             head, page_stride, head_stride, PAGE)  # fmt: skip
+        number = tl.load(lists + seq)
+        store = chosen_of(
+            request, tl.load(store_row + seq), chosen, count, width, number, PAGE, READS
+        )
+        flags += (number * PAGE.kv_heads + head).to(tl.int64) * flag_pages
         limit = tokens_to_read(store, stored, PAGE, READS)
         since = tl.minimum(tl.load(first_token + seq) // PAGE.tokens * PAGE.tokens, stored)
         out += offset + head.to(tl.int64) * out_stride
@@ -58,11 +65,11 @@ def mass(
         store_tiles, ring_tiles = tl.cdiv(limit, BLOCK), tl.cdiv(ring, RECENT)
         if tile < store_tiles:
             count_store(query, query_stride, lse, start, head, first * GROUP, end, store, tile,
-                        limit, since, out, scale, PAGE, M, BLOCK, READS)  # fmt: skip
+                        limit, since, out, scale, flags, list_queries, flag_pages,
+                        PAGE, M, BLOCK, READS, FLAGS)  # fmt: skip
         elif tile < store_tiles + ring_tiles:
             j = (tile - store_tiles) * RECENT + tl.arange(0, RECENT)
-            row = table + seq.to(tl.int64) * table_stride
-            k, _ = ring_at(pages, row, page_stride, head.to(tl.int64) * head_stride, j, ring, PAGE)
+            k, _ = ring_at(request, j, ring, PAGE)
             k, _ = recent(k, k, j < ring, PAGE)
             count_recent(query, query_stride, lse, start, head, first * GROUP, end, k, j - ring,
                          j < ring, out + stored + j, scale, PAGE, M)  # fmt: skip
@@ -78,9 +85,15 @@ def mass(
 @triton.jit
 def count_store(
     query, query_stride, lse, start, head, begin, end, store, tile, limit, since, out, scale,
+    flags, list_queries, flag_pages,
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Mass of one tile of the store, stream by stream."""
+    """Mass of one tile of the store, stream by stream.
+
+    Where FLAGS, ``flags`` of the request's first list, ``flag_pages`` bytes of each KV head of
+    each list, say which pages the lists of ``list_queries`` queries have.
+    """
     STREAMS: tl.constexpr = PAGE.streams
     STEP: tl.constexpr = 32 // STREAMS
     block, listed = tile_of(store, tile, limit, PAGE, BLOCK, READS)
@@ -89,10 +102,15 @@ def count_store(
         valid = listed + s * STEP < limit
         total = tl.zeros([BLOCK // PAGE.streams], tl.float32)
         for rows in range(begin, end, M):
-            q, sums, _ = load_queries(
+            q, sums, token = load_queries(
                 query, query_stride, lse, start, head, rows + tl.arange(0, M), end, PAGE
             )
             x = store_scores(for_store(q, PAGE), block, valid, scale, s, PAGE, BLOCK, True)
+            if FLAGS:
+                line = (token // list_queries * PAGE.kv_heads).to(tl.int64) * flag_pages
+                there = (rows + tl.arange(0, M) < end)[:, None] & valid[None, :]
+                read = tl.load(flags + line[:, None] + index[None, :], mask=there, other=0)
+                x = tl.where(read != 0, x, float("-inf"))
             total += tl.sum(tl.exp2(x - sums[:, None]), 0)
         at = index * PAGE.tokens + block[1] + block[2] + s * STEP
         add(out, at, total, valid & (at >= since))

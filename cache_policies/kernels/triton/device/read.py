@@ -3,18 +3,32 @@
 import triton
 import triton.language as tl
 
-from cache_policies.kernels.triton.device.place import page_base
+from cache_policies.kernels.triton.device.place import request_of, run_at
 from cache_policies.kernels.triton.device.source import pending
 
 
 @triton.jit
 def code(base, token, c, real, FIELD: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr):
     """Codes ``[tokens, channels]`` as float32."""
-    ROWS: tl.constexpr = 2 * BITS
-    row, shift = token // 32 * ROWS + token % ROWS, token % 32 // ROWS * BITS
-    at = (base + FIELD).to(tl.pointer_type(tl.uint16))[:, None]
-    words = tl.load(at + row[:, None] * PAGE.head_size + c[None, :], mask=real, other=0)
-    return ((words.to(tl.int32) >> shift[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
+    FIELDS: tl.constexpr = 2 if BITS == 3 else BITS
+    ROWS: tl.constexpr = 2 * FIELDS
+    span = (base + FIELD).to(tl.pointer_type(tl.uint16))
+    span += token // 32 * (2 * BITS * PAGE.head_size)
+    x = field_of(span, token % ROWS, token % 32 // ROWS * FIELDS, c, real, FIELDS, PAGE)
+    if BITS == 3:
+        x |= (
+            field_of(span, 4 + token % 2, token % 32 // 4 + token % 4 // 2 * 8, c, real, 1, PAGE)
+            << 2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def field_of(span, row, shift, c, real, BITS: tl.constexpr, PAGE: tl.constexpr):
+    """Bit fields of words ``row`` of each token's span."""
+    at = span[:, None] + (row[:, None] * PAGE.head_size + c[None, :])
+    words = tl.load(at, mask=real, other=0).to(tl.int32)
+    return (words >> shift[:, None]) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -59,8 +73,8 @@ def decoded(base, token, c, real, valid, PAGE: tl.constexpr):
 @triton.jit
 def read(
     index, key, value, out_key, out_value, stored, ring, start, count, stride, pages, row,
-    store_row,
-    key_stride, value_stride, page_stride: tl.int64, head_stride: tl.int64,
+    slots, store_row, slots_stride, key_stride, value_stride,
+    page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK`` of the numbered tokens, counted through store, ring and fresh ones; 0 below 0."""
@@ -69,14 +83,16 @@ def read(
     live = i < count
     number = tl.load(index + head * stride + i, mask=live, other=-1)
     channel = (c < PAGE.head_size)[None, :]
-    offset = head.to(tl.int64) * head_stride
     far = (number >= 0) & (number < stored)
-    store = pages, row + store_row, row, -1, page_stride, offset
-    base = page_base(store, tl.where(far, number // PAGE.tokens, -store_row))  # row[0] is there
+    request = request_of(
+        pages, row, 0, slots, slots_stride, 0, head, page_stride, head_stride, PAGE
+    )
+    index = tl.where(far, store_row + number // PAGE.tokens, 0)  # row[0] is there
+    base = run_at(request, index, PAGE)
     k, v = decoded(base, number % PAGE.tokens, c, far[:, None] & channel, far, PAGE)
     near = live & (number >= stored)
-    k_near, v_near = pending(row, pages, key, value, key_stride, value_stride, page_stride, offset,
-                             start, ring, head, number - stored, c, near, PAGE)  # fmt: skip
+    k_near, v_near = pending(request, key, value, key_stride, value_stride, start, ring,
+                             number - stored, c, near, PAGE)  # fmt: skip
     at = (head * stride + i).to(tl.int64)[:, None] * PAGE.head_size + c[None, :]
     real = live[:, None] & channel
     tl.store(out_key + at, tl.where(near[:, None], k_near, k), mask=real)

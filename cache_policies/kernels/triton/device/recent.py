@@ -3,14 +3,21 @@
 import triton
 import triton.language as tl
 
+from cache_policies.kernels.triton.device.place import run_at
+
 
 @triton.jit
-def ring_at(pages, row, page_stride, head_offset, j, count, PAGE: tl.constexpr):
-    """Addresses ``[tokens, width]`` of keys and values of ring tokens ``j``."""
-    page = tl.load(row + j // PAGE.ring_tokens, mask=j < count, other=0).to(tl.int64)
+def ring_place(request, j, valid, PAGE: tl.constexpr):
+    """Addresses ``[tokens]`` of ring tokens ``j``: a key, followed by its value."""
+    run = run_at(request, tl.where(valid, j // PAGE.ring_tokens, 0), PAGE)  # row[0] is there
     place = (j % PAGE.ring_tokens) * (4 * PAGE.head_size)
-    base = (pages + page * page_stride + head_offset + place).to(tl.pointer_type(PAGE.ring))
-    at = base[:, None] + tl.arange(0, PAGE.width)[None, :]
+    return (run + place).to(tl.pointer_type(PAGE.ring))
+
+
+@triton.jit
+def ring_at(request, j, count, PAGE: tl.constexpr):
+    """Addresses ``[tokens, width]`` of keys and values of ring tokens ``j``."""
+    at = ring_place(request, j, j < count, PAGE)[:, None] + tl.arange(0, PAGE.width)[None, :]
     return at, at + PAGE.head_size
 
 

@@ -3,21 +3,20 @@
 import triton
 import triton.language as tl
 
+from cache_policies.kernels.triton.device.recent import ring_place
+
 
 @triton.jit
-def pending(row, pages, key, value, key_stride, value_stride, page_stride, head_offset, start,
-            ring, head, j, c, valid, PAGE: tl.constexpr):  # fmt: skip
+def pending(request, key, value, key_stride, value_stride, start, ring, j, c, valid,
+            PAGE: tl.constexpr):  # fmt: skip
     """Keys and values float32 ``[tokens, channels c]`` of ring tokens followed by fresh ones."""
     old = valid & (j < ring)
-    page = tl.load(row + j // PAGE.ring_tokens, mask=old, other=0).to(tl.int64)
-    place = (j % PAGE.ring_tokens) * (4 * PAGE.head_size)
-    base = (pages + page * page_stride + head_offset + place).to(tl.pointer_type(PAGE.ring))
-    at = base[:, None] + c[None, :]
+    at = ring_place(request, j, old, PAGE)[:, None] + c[None, :]
     real = (c < PAGE.head_size)[None, :]
     old = old[:, None] & real
     new = (valid & (j >= ring))[:, None] & real
     line = (start + j - ring).to(tl.int64)[:, None]
-    channel = head * PAGE.head_size + c[None, :]
+    channel = request[5] * PAGE.head_size + c[None, :]
     k_old, k_new = (
         tl.load(at, mask=old, other=0.0),
         tl.load(key + line * key_stride + channel, mask=new, other=0.0),
