@@ -4,8 +4,9 @@
 
 enum { CHANNELS = 256 };  // of a thread at once
 
-// e^x for x <= 0, or e^-87 below; near zero to the last bit, which a root of 1 - a^2 needs
-SCAN_INLINE Vec shrink(Vec x) {
+// e^x for x <= 0, or e^-87 below, and 1 - e^2x; where they are near one and zero, that is no
+// difference of almost equal numbers
+SCAN_INLINE Vec shrink(Vec x, Vec& rest) {
   const float round = 12582912.f;
   x = x < -87.f ? all(-87.f) : x;
   const Vec whole = x * LOG2E + round, n = whole - round;  // its last bits hold n
@@ -14,8 +15,10 @@ SCAN_INLINE Vec shrink(Vec x) {
   p = p * r + 4.16666667e-2f;
   p = p * r + 1.66666667e-1f;
   p = p * r + 0.5f;
-  p = (p * r + 1.f) * r + 1.f;
-  return bits<Vec>(bits<IntVec>(p) + (bits<IntVec>(whole) << 23));
+  p = (p * r + 1.f) * r;
+  const Vec a = bits<Vec>(bits<IntVec>(p + 1.f) + (bits<IntVec>(whole) << 23));
+  rest = n == 0.f ? -p * (2.f + p) : 1.f - a * a;
+  return a;
 }
 
 // one token of n channels from item i on; FLOATS: all rows are float32
@@ -25,12 +28,13 @@ SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, V
   const auto item = [&](const Rows& rows) { return load(row(rows, t), i, dtype(rows), n); };
   // two sigmoids with one division: that of x is e^-|x| or 1 over 1 + e^-|x|
   const Vec in = item(call.input_gate), keep = item(call.gate);
-  const Vec y = decay(below(in) * (LOG2E * STEPS)), z = decay(below(keep) * (LOG2E * STEPS));
-  const Vec both = 1.f / ((1.f + y) * (1.f + z));
+  const Vec y = fade(in), z = fade(keep);
+  const Vec both = inverse((1.f + y) * (1.f + z));
   const Vec open = (keep < 0.f ? z : all(1.f)) * both * (1.f + y);
-  const Vec a = shrink(load(call.rate + i, n) * open);
+  Vec rest;
+  const Vec a = shrink(load(call.rate + i, n) * open, rest);
   Vec u = item(call.x) * (in < 0.f ? y : all(1.f)) * both * (1.f + z);
-  if (!starts) u *= root(1.f - a * a);
+  if (!starts) u *= root(rest);
   h = a * h + u;
   store((char*)row(call.out, t), i, dtype(call.out), n, h);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 enum { MAX_SIZE = 256 };
+const float FINITE = 1e15f;  // no step is longer: decays of its square would be no floats
 
 // SIZE is that of the states where it is known at compile time, else 0
 template <int SIZE>
@@ -17,7 +18,7 @@ static void scan_channels(const SelectiveScan& call, int seq, int first) {
   for (int k = 0; k < size; k++) {
     h[k] = a[k] = Vec{};
     for (int j = 0; j < n; j++) {
-      a[k][j] = call.a[int64_t(first + j) * size + k] * (LOG2E * STEPS);
+      a[k][j] = call.a[int64_t(first + j) * size + k] * LOG2E;
       if (has_state) h[k][j] = get(state, (first + j) * states.row + k, states.dtype);
     }
   }
@@ -27,10 +28,11 @@ static void scan_channels(const SelectiveScan& call, int seq, int first) {
     const float* c = (const float*)row(call.c, t);
     const Vec x = load(row(call.x, t), first, call.x.dtype, n);
     const Vec dt = softplus(load(row(call.dt, t), first, call.dt.dtype, n) + bias), dx = dt * x;
+    const Vec finite = most(FINITE, dt);
     Vec y[SUMS] = {d * x};  // several, so that none waits for the one before
 #pragma GCC unroll 16
     for (int k = 0; k < size; k++) {
-      h[k] = decay(dt * a[k]) * h[k] + dx * b[k];
+      h[k] = decay(finite, a[k]) * h[k] + dx * b[k];
       y[k % SUMS] += h[k] * c[k];
     }
     Vec all = (y[0] + y[1]) + (y[2] + y[3]);
@@ -53,6 +55,7 @@ static void step_channels(const SelectiveScan& call, int seq, int first) {
   const Vec x = load(row(call.x, t), first, call.x.dtype, n);
   const Vec bias = call.bias ? load(call.bias + first, n) : Vec{};
   const Vec dt = softplus(load(row(call.dt, t), first, call.dt.dtype, n) + bias), dx = dt * x;
+  const Vec finite = most(FINITE, dt);
   Vec y = {};
   for (int j = 0; j < n; j++) {
     const int64_t at = (first + j) * call.states.row;
@@ -61,7 +64,7 @@ static void step_channels(const SelectiveScan& call, int seq, int first) {
     for (int k = 0; k < call.size; k += LANES) {
       const int m = at_most(LANES, call.size - k);
       Vec h = load(state, at + k, call.states.dtype, m);
-      h = decay(dt[j] * (load(a + k, m) * (LOG2E * STEPS))) * h + dx[j] * load(b + k, m);
+      h = decay(all(finite[j]), load(a + k, m) * LOG2E) * h + dx[j] * load(b + k, m);
       store(state, at + k, call.states.dtype, m, h);
       products += h * load(c + k, m);
     }
