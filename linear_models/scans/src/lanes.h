@@ -138,9 +138,9 @@ SCAN_INLINE Vec exp(Vec x) {
   return x < lowest ? Vec{} : p;
 }
 
-// 2^(x y) for x y <= 0, which is finite; zero or about 2^-126 below that, within three units in the
-// last place: a table of 2^(j / 32) or 2^(j / 8) and a short polynomial, for few operations and none
-// that wait
+// 2^(x y) for x y below 127, which is finite; below -126, zero or about 2^-126. Within three units in
+// the last place: a table of 2^(j / 32) or 2^(j / 8) and a short polynomial, for few operations and
+// none that wait
 const float LN2 = 0.69314718f, LOG2E = 1.44269504f;
 
 #if defined(__AVX2__)
@@ -185,7 +185,15 @@ SCAN_INLINE Vec decay(Vec x, Vec y) {
 #endif
 }
 
-SCAN_INLINE Vec most(float limit, Vec x) {  // NaN stays
+SCAN_INLINE Vec at_least(float limit, Vec x) {  // NaN stays
+#if defined(__AVX512F__)
+  return bits<Vec>(_mm512_max_ps(_mm512_set1_ps(limit), bits<__m512>(x)));
+#else
+  return x < limit ? all(limit) : x;
+#endif
+}
+
+SCAN_INLINE Vec at_most(float limit, Vec x) {  // NaN stays
 #if defined(__AVX512F__)
   return bits<Vec>(_mm512_min_ps(_mm512_set1_ps(limit), bits<__m512>(x)));
 #else
@@ -193,15 +201,9 @@ SCAN_INLINE Vec most(float limit, Vec x) {  // NaN stays
 #endif
 }
 
-SCAN_INLINE Vec below(Vec x) { return bits<Vec>(bits<WordVec>(x) | 0x80000000u); }  // -|x|
-
-// e^-|x|
-SCAN_INLINE Vec fade(Vec x) {
-#if defined(__AVX512F__)
-  return decay(bits<Vec>(_mm512_max_ps(_mm512_set1_ps(-87.f), bits<__m512>(below(x)))), all(LOG2E));
-#else
-  return decay(below(x), all(LOG2E));
-#endif
+// e^-x, for an x beyond a limit that of the limit
+SCAN_INLINE Vec falling(Vec x, float limit) {
+  return decay(at_most(limit, at_least(-limit, x)), all(-LOG2E));
 }
 
 // 1 / x for x of neither very small nor very large size
@@ -222,14 +224,12 @@ SCAN_INLINE float sum(Vec v) {
   return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
-SCAN_INLINE Vec silu(Vec x) {
-  const Vec y = fade(x);
-  return x * (x < 0.f ? y : all(1.f)) * inverse(1.f + y);
-}
+SCAN_INLINE Vec silu(Vec x) { return x * inverse(1.f + falling(x, 87.f)); }
 
 // log(1 + e^x) = max(x, 0) + 2 atanh(y / (2 + y)), y = e^-|x|
 SCAN_INLINE Vec softplus(Vec x) {
-  const Vec y = fade(x), s = y * inverse(2.f + y), q = s * s;
+  const Vec size = bits<Vec>(bits<WordVec>(x) & 0x7fffffff);
+  const Vec y = decay(at_most(87.f, size), all(-LOG2E)), s = y * inverse(2.f + y), q = s * s;
   Vec p = q * (1.f / 13) + 1.f / 11;
   p = p * q + 1.f / 9;
   p = p * q + 1.f / 7;
@@ -239,12 +239,9 @@ SCAN_INLINE Vec softplus(Vec x) {
   return (x < 0.f ? Vec{} : x) + 2.f * s * p;
 }
 
-// square root; of less than 1e-30, almost zero
-SCAN_INLINE Vec root(Vec x) {
+SCAN_INLINE Vec root(Vec x) {  // square root
 #if defined(__AVX512F__)
-  const Vec y = bits<Vec>(_mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(1e-30f), bits<__m512>(x))));
-  const Vec s = x * y;
-  return s + (0.5f * y) * (x - s * s);
+  return bits<Vec>(_mm512_sqrt_ps(bits<__m512>(x)));
 #elif defined(__AVX2__)
   return bits<Vec>(_mm256_sqrt_ps(bits<__m256>(x)));
 #else
@@ -253,10 +250,7 @@ SCAN_INLINE Vec root(Vec x) {
 #endif
 }
 
-SCAN_INLINE const char* row(const Rows& m, int64_t i) {
-  return m.data + i * m.stride * (m.dtype == Dtype::f32 ? 4 : 2);
-}
-SCAN_INLINE char* slot(const States& s, int64_t i) {
-  return s.data + i * s.slot * (s.dtype == Dtype::f32 ? 4 : 2);
-}
+SCAN_INLINE int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+SCAN_INLINE const char* row(const Rows& m, int64_t i) { return m.data + i * m.stride * bytes_of(m.dtype); }
+SCAN_INLINE char* slot(const States& s, int64_t i) { return s.data + i * s.slot * bytes_of(s.dtype); }
 SCAN_INLINE int at_most(int a, int b) { return a < b ? a : b; }

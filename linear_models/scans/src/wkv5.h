@@ -62,7 +62,7 @@ static void wkv5_fill(const Wkv5& call, const Powers* powers, int64_t token, int
 SCAN_INLINE void fetch(const Rows* rows, int64_t token, int64_t end, int first, int bytes, int i) {
   const int line = i % 8 * 64;
   if (line >= bytes || token + i / 8 >= end) return;
-  const int item = rows->dtype == Dtype::f32 ? 4 : 2;
+  const int item = bytes_of(rows->dtype);
   __builtin_prefetch(row(*rows, token + i / 8) + int64_t(first) * item + line);
 }
 
@@ -73,7 +73,7 @@ static void wkv5_advance(const Wkv5& call, const Wkv5Tile& tile, const float* de
   const Rows* next[] = {&call.r, &call.k, &call.v, &call.out};
   for (int j = 0; j < size; j += LANES) {
     const Rows* ahead = next[j / LANES % 4];
-    const int bytes = size * (ahead->dtype == Dtype::f32 ? 4 : 2);
+    const int bytes = size * bytes_of((ahead->dtype));
     Vec out[COUNT], value[COUNT];
     for (int t = 0; t < COUNT; t++) {
       value[t] = load(row(call.v, token + t), first + j, call.v.dtype, LANES);

@@ -30,7 +30,7 @@ struct Wkv7Ahead {
 
   void next() {
     if (which == 7) return;
-    const int item = rows[which]->dtype == Dtype::f32 ? 4 : 2;
+    const int item = bytes_of(rows[which]->dtype);
     if (token < end) __builtin_prefetch(row(*rows[which], token) + int64_t(first) * item + line);
     line += 64;
     if (line < size * item) return;
@@ -43,8 +43,7 @@ struct Wkv7Ahead {
 
 // e^(-e^(-1/2) sigmoid(x))
 SCAN_INLINE Vec wkv7_decay(Vec x) {
-  const Vec y = fade(x);
-  return decay((x < 0.f ? y : all(1.f)) * inverse(1.f + y), all(-0.60653066f * LOG2E));
+  return decay(inverse(1.f + falling(x, 87.f)), all(-0.60653066f * LOG2E));
 }
 
 template <int COUNT>
