@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ def refuse_heads(size: int) -> None:
 class RwkvForCausalLM(RecurrentForCausalLM):
     """A model of the blocks that ``LAYER`` names."""
 
-    LAYER: type[RwkvBlock]
+    LAYER: ClassVar[type[RwkvBlock]]
     model: RwkvModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -121,9 +121,9 @@ class RwkvForCausalLM(RecurrentForCausalLM):
         config = self.config
         refuse_heads(config.head_size)
         self.model = RwkvModel(vllm_config, self.LAYER, maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(
+        head = ParallelLMHead(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
         )
-        if config.tie_word_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.model.embeddings)
+        tied = config.tie_word_embeddings
+        self.lm_head = head.tie_weights(self.model.embeddings) if tied else head
         self.logits_processor = LogitsProcessor(config.vocab_size)

@@ -86,6 +86,9 @@ class ChannelMix(nn.Module):
 class Block(RwkvBlock):
     """A time mix and a channel mix."""
 
+    attention: TimeMix
+    feed_forward: ChannelMix
+
     def __init__(self, vllm_config: VllmConfig, index: int, prefix: str) -> None:
         super().__init__(vllm_config, index, prefix)
         self.attention = TimeMix(vllm_config, f"{prefix}.attention")
@@ -119,5 +122,6 @@ class Rwkv5ForCausalLM(RwkvForCausalLM, IsAttentionFree):  # type: ignore[misc]
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = super().load_weights(weights)
         for block in self.model.blocks:
+            assert isinstance(block, Block)
             block.rescale()
         return loaded

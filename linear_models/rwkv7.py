@@ -68,8 +68,10 @@ class TimeMix(nn.Module):
         self.epsilon = config.norm_eps * self.size  # as its author's 64e-5 follows from 1e-5
         for name in MIXED:
             self.register_parameter(f"x_{name}", empty(hidden))
-        for name in ("r_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, linear(hidden, hidden, f"{prefix}.{name}", vllm_config))
+        self.r_proj = linear(hidden, hidden, f"{prefix}.r_proj", vllm_config)
+        self.k_proj = linear(hidden, hidden, f"{prefix}.k_proj", vllm_config)
+        self.v_proj = linear(hidden, hidden, f"{prefix}.v_proj", vllm_config)
+        self.o_proj = linear(hidden, hidden, f"{prefix}.o_proj", vllm_config)
         self.k_k, self.k_a = empty(hidden), empty(hidden)
         self.r_k = empty(self.heads, self.size)
 
@@ -130,6 +132,8 @@ class ChannelMix(nn.Module):
 
 class Block(RwkvBlock):
     """A time mix and a channel mix."""
+
+    attention: TimeMix
 
     def __init__(self, vllm_config: VllmConfig, index: int, prefix: str) -> None:
         super().__init__(vllm_config, index, prefix)
@@ -194,6 +198,7 @@ class Rwkv7ForCausalLM(RwkvForCausalLM, IsAttentionFree):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         first = FirstValues()
         for block in self.model.blocks:
+            assert isinstance(block, Block)
             block.attention.first = first
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -2,7 +2,8 @@
 #pragma once
 
 enum { MAX_SIZE = 256 };
-const float FINITE = 1e15f;  // no step is longer: decays of its square would be no floats
+// the longest step of a decay, whose polynomial squares what rounding leaves of its products
+const float FINITE = 1e15f;
 
 // Tokens row by row, TILE vectors of channels each, whose states stay in the first cache: rows lie
 // far apart. SIZE is that of the states where it is known at compile time, else 0.
