@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHANNELS, SIZE, WIDTH = 5120, 16, 4  # mamba-2.8b
-HEADS, HEAD = 32, 64  # rwkv-5-world-1b5
+HEADS, HEAD = 32, 64  # rwkv-5-world-1b5 and RWKV7-Goose-World3-1.5B
 LRU = 2560  # recurrentgemma-2b
 
 
@@ -81,6 +81,15 @@ def wkv5(tokens: int, isa: str) -> None:
     _beside_oracle("wkv5", (*given, one_request(tokens), inputs[3]), tokens, isa)
 
 
+def wkv7(tokens: int, isa: str) -> None:
+    """Time RWKV-7's recurrence, at decays of all speeds that it has."""
+    inputs = [torch.randn(tokens, HEADS * HEAD) for _ in range(7)]
+    removed = torch.nn.functional.normalize(inputs[4].unflatten(1, (HEADS, HEAD)), dim=-1)
+    given = (*inputs[:4], removed.flatten(1), torch.rand(tokens, HEADS * HEAD))
+    state = torch.zeros(1, HEADS, HEAD, HEAD)
+    _beside_oracle("wkv7", (*given, state, one_request(tokens), inputs[6]), tokens, isa)
+
+
 def rg_lru(tokens: int, isa: str) -> None:
     """Time Griffin's recurrence with its sigmoids, exponential and root, without its products."""
     inputs = [torch.randn(tokens, LRU) for _ in range(4)]
@@ -121,6 +130,7 @@ def main() -> None:
         mamba1(asked.tokens, 1, dtype, asked.isa)
     mamba1(32, 32, torch.bfloat16, asked.isa)
     wkv5(asked.tokens, asked.isa)
+    wkv7(asked.tokens, asked.isa)
     rg_lru(asked.tokens, asked.isa)
 
 

@@ -12,8 +12,9 @@ from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
 from cache_policies.errors import PolicyError
+from linear_models.limits import refuse_speculation
 from linear_models.scans import cpu
-from linear_models.steps import batch_of, refuse_speculation
+from linear_models.steps import batch_of
 
 if TYPE_CHECKING:
     from linear_models.scans.batch import Batch

@@ -10,8 +10,12 @@ from __future__ import annotations
 ARCHITECTURES: dict[str, str] = {
     "RecurrentGemmaForCausalLM": "linear_models.recurrent_gemma:RecurrentGemmaForCausalLM",
     "Rwkv5ForCausalLM": "linear_models.rwkv5:Rwkv5ForCausalLM",
+    "RWKV7ForCausalLM": "linear_models.rwkv7:Rwkv7ForCausalLM",
 }
-ATTENTION_FREE = ("Rwkv5ForCausalLM",)  # vLLM sizes the states of others by itself
+ATTENTION_FREE = (
+    "Rwkv5ForCausalLM",
+    "RWKV7ForCausalLM",
+)  # vLLM sizes the states of others by itself
 
 
 def register() -> None:
@@ -21,13 +25,14 @@ def register() -> None:
     if not ARCHITECTURES or not current_platform.is_cpu():
         return
     from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from linear_models.configs import register_configs
+    from linear_models.limits import BesideAttention, WithoutAttention
 
     register_configs()
-    MODELS_CONFIG_MAP.update(dict.fromkeys(ATTENTION_FREE, MambaModelConfig))
     for name, address in ARCHITECTURES.items():
+        MODELS_CONFIG_MAP[name] = WithoutAttention if name in ATTENTION_FREE else BesideAttention
         ModelRegistry.register_model(name, address)
 
 

@@ -7,27 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
-from cache_policies.errors import PolicyError
 from linear_models.scans.batch import Batch
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata
-
-
-def refuse_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse drafts: a state that has seen a token that is then rejected cannot go back.
-
-    Raises:
-        PolicyError: the engine has them.
-
-    """
-    if vllm_config.speculative_config:
-        model = vllm_config.model_config.model
-        raise PolicyError(
-            f"speculative decoding with {model}, whose states for CPUs cannot go back a token; "
-            "drop --speculative-config"
-        )
 
 
 def batch_of(metadata: BaseMambaAttentionMetadata) -> Batch:
@@ -59,17 +42,3 @@ def _batch(metadata: BaseMambaAttentionMetadata) -> Batch:
         torch.where(found == NULL_BLOCK_ID, -1, found),
         torch.cat(has),
     )
-
-
-def refuse_ranks(vllm_config: VllmConfig) -> None:
-    """Refuse tensor parallelism, for a model whose recurrences are not split.
-
-    Raises:
-        PolicyError: naming the flag.
-
-    """
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        raise PolicyError(
-            f"{vllm_config.model_config.model} runs on one rank: its recurrences are not split; "
-            "drop --tensor-parallel-size"
-        )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
-model_app = typer.Typer(no_args_is_help=True, help="Small models that come from PyPI.")
+model_app = typer.Typer(no_args_is_help=True, help="Small models from PyPI; RWKV files.")
 app.add_typer(model_app, name="model")
 loadtest_cli.register(app)
 console = Console()
@@ -156,6 +156,17 @@ def get(name: str) -> None:
 def path(name: str) -> None:
     """Print where an embedded model is, or will be."""
     typer.echo(model_path(name))
+
+
+@model_app.command("convert")
+def convert_model(
+    file: Annotated[Path, typer.Argument(help="RWKV-5 or RWKV-7 file of its author's, a .pth")],
+    folder: Annotated[Path, typer.Argument(help="made, with config.json and safetensors")],
+) -> None:
+    """Make a folder that `kvthrift serve` takes from an RWKV .pth file; print it."""
+    from linear_models.convert import convert
+
+    typer.echo(convert(file, folder))
 
 
 def _shape(model: str, dtype: str) -> ModelShape:

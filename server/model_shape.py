@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WINDOW_PAGE = 128  # tokens; vLLM's block on a CPU
 LOCAL = ("sliding_attention", "chunked_attention")
-ATTENTION_FREE = ("rwkv5",)
+ATTENTION_FREE = ("rwkv5", "rwkv7")
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,11 @@ def state_bytes(config: Any, dtype: torch.dtype, recurrent: torch.dtype) -> int:
 def float32_state_bytes(config: Any, dtype: torch.dtype) -> int | None:
     """Bytes of the state of one layer whose recurrence is in float32; none for other models.
 
-    Sources: RWKV-5, arXiv 2404.05892; Griffin, arXiv 2402.19427.
+    Sources: RWKV-5, arXiv 2404.05892; RWKV-7, arXiv 2503.14456; Griffin, arXiv 2402.19427.
     """
     kind = getattr(config, "model_type", None)
-    if kind == "rwkv5":  # matrices of all heads, and a token before each of two mixes
-        matrices = config.attention_hidden_size * config.head_size
+    if kind in ATTENTION_FREE:  # matrices of all heads, and a token before each of two mixes
+        matrices = config.num_attention_heads * config.head_size**2
         return matrices * 4 + 2 * config.hidden_size * dtype.itemsize
     if kind == "recurrent_gemma":
         tail = (config.conv1d_width - 1) * config.lru_width

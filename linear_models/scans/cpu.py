@@ -20,7 +20,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NONE = (0, 0, 0)
 MAX_WIDTH = 8  # of a convolution; src/conv.h
 MAX_SIZE = 256  # states of a Mamba 1 channel; src/selective_scan.h
-MAX_HEAD = 256  # items of an RWKV-5 head; src/wkv5.h
+MAX_HEAD = 256  # items of an RWKV head; src/heads.h
 HEAD_MULTIPLE = 16  # lanes of AVX-512
 
 
@@ -132,13 +132,6 @@ def wkv5(
 
     """
     heads, size = decay.shape
-    _require(
-        size % HEAD_MULTIPLE == 0 and size <= MAX_HEAD,
-        f"heads of {size} are not a multiple of {HEAD_MULTIPLE} up to {MAX_HEAD}",
-    )
-    _require(states.shape[1:] == (heads, size, size), f"states: {tuple(states.shape[1:])}")
-    _require(states.dtype == torch.float32, f"states: {states.dtype} is not float32")
-    _require(states[:1].is_contiguous(), "states: a slot is not contiguous")
     _scans.wkv5(
         isa,
         _batch(batch, states),
@@ -146,9 +139,43 @@ def wkv5(
         _rows("k", k, batch, heads * size),
         _rows("v", v, batch, heads * size),
         _rows("out", out, batch, heads * size),
-        _states(states.flatten(1, 2), (heads * size, size)),
+        _matrices(states, heads, size),
         _floats("decay", decay, (heads, size)),
         _floats("bonus", bonus, (heads, size)),
+        heads,
+        size,
+        num_threads,
+    )
+
+
+def wkv7(
+    r: torch.Tensor,
+    w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    removed: torch.Tensor,
+    rate: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+    *,
+    isa: str = _BEST,
+    num_threads: int = 0,
+) -> None:
+    """As ``reference.wkv7``; states are float32.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernel does not take.
+
+    """
+    _require(states.dim() == 4, f"states: {states.dim()} axes, not 4")
+    heads, size = states.shape[1:3]
+    inputs = {"r": r, "w": w, "k": k, "v": v, "removed": removed, "rate": rate, "out": out}
+    _scans.wkv7(
+        isa,
+        _batch(batch, states),
+        [_rows(name, x, batch, heads * size) for name, x in inputs.items()],
+        _matrices(states, heads, size),
         heads,
         size,
         num_threads,
@@ -217,6 +244,18 @@ def _states(states: torch.Tensor, shape: tuple[int, int]) -> tuple[int, int, int
     """Address, strides of slots, rows and items, and dtype."""
     _require(states.shape[1:] == shape, f"states: {tuple(states.shape[1:])}, not {shape}")
     return states.data_ptr(), *states.stride(), _dtype("states", states)  # type: ignore[return-value]
+
+
+def _matrices(states: torch.Tensor, heads: int, size: int) -> tuple[int, int, int, int, int]:
+    """The same of the heads' matrices of RWKV."""
+    _require(
+        size % HEAD_MULTIPLE == 0 and size <= MAX_HEAD,
+        f"heads of {size} are not a multiple of {HEAD_MULTIPLE} up to {MAX_HEAD}",
+    )
+    _require(states.shape[1:] == (heads, size, size), f"states: {tuple(states.shape[1:])}")
+    _require(states.dtype == torch.float32, f"states: {states.dtype} is not float32")
+    _require(states[:1].is_contiguous(), "states: a slot is not contiguous")
+    return _states(states.flatten(1, 2), (heads * size, size))
 
 
 def _floats(name: str, x: torch.Tensor | None, shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,6 +131,50 @@ def wkv5(
             states[slot] = s
 
 
+def wkv7(
+    r: torch.Tensor,
+    w: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    removed: torch.Tensor,
+    rate: torch.Tensor,
+    states: torch.Tensor,
+    batch: Batch,
+    out: torch.Tensor,
+) -> None:
+    """RWKV-7 (arXiv 2503.14456): ``s = decay s - (rate removed) (removed s) + k v``, ``out = r s``.
+
+    The decay of a key's item is ``exp(-exp(-1/2) sigmoid(w))``.
+
+    Args:
+        r: receptances, ``[tokens, heads * size]``.
+        w: of the decays, before their sigmoid; the same shape, as are all inputs.
+        k: keys that are added.
+        v: values that are added.
+        removed: keys whose values are taken away, of length one in a head.
+        rate: how much of these, in 0..1.
+        states: float32 ``[slots, heads, size, size]``, key items by value items; written.
+        batch: requests of the step.
+        out: ``[tokens, heads * size]``; written.
+
+    """
+    heads, size = states.shape[1:3]
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w.float()))
+    for i, (first, last) in enumerate(batch.spans):
+        slot = int(batch.slots[i])
+        s = torch.zeros(states.shape[1:])
+        if slot >= 0 and batch.has_state[i]:
+            s = states[slot]
+        for t in range(first, last):
+            rt, vt, key, gone, dt, at = (
+                x[t].float().view(heads, 1, size) for x in (r, v, k, removed, decay, rate)
+            )
+            s = dt.mT * s - (at * gone).mT @ (gone @ s) + key.mT @ vt
+            out[t] = (rt @ s).flatten().to(out.dtype)
+        if slot >= 0:
+            states[slot] = s
+
+
 def rg_lru(
     x: torch.Tensor,
     input_gate: torch.Tensor,
@@ -161,7 +206,8 @@ def rg_lru(
         h = states[slot].float() if has_state else torch.zeros(states.shape[1:])
         for t in range(first, last):
             a = torch.exp(log_a[t])
-            scale = torch.sqrt(1 - a * a) if has_state or t > first else 1.0
+            # sqrt(1 - a^2), also where the decay is almost one
+            scale = torch.sqrt(-torch.expm1(2 * log_a[t])) if has_state or t > first else 1.0
             h = a * h + scale * inner[t]
             out[t] = h.to(out.dtype)
         if slot >= 0:

@@ -300,7 +300,7 @@ def refused(model: str, policy: str | None, **options: Any) -> str:
     return ""
 
 
-def refused_each(cases: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
+def refused_each(cases: list[tuple[str, str | None, dict[str, Any]]]) -> list[str]:
     """Messages of engines that must not start; none may get as far as its first step.
 
     Args:

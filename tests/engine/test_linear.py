@@ -46,12 +46,18 @@ def test_answers_as_transformers_does(
     assert shape.constant_bytes == sum(size * layers for *_, size, layers in got["specs"])
 
 
-def test_answers_in_bfloat16(program: Program, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "policy"), [("mamba", None), ("jamba", "raw")])
+def test_answers_in_bfloat16(
+    program: Program, tmp_path: Path, family: str, policy: str | None
+) -> None:
     """Nearly all tokens of float32: vLLM treats weights of this dtype in another way."""
-    folder = make_model("mamba", tmp_path, torch.bfloat16)
-    got = program("family", model=folder, policy=None, prompts=PROMPTS, dtype="bfloat16", **CACHED)
+    folder = make_model(family, tmp_path, torch.bfloat16)
+    got = program(
+        "family", model=folder, policy=policy, prompts=PROMPTS, dtype="bfloat16", **CACHED
+    )
     assert sum(agree(folder, PROMPTS, got["tokens"])) >= 20
-    assert got["cached"] == [512, 256, 0]
+    assert got["again"] == got["tokens"]
+    assert got["cached"][0] > 0
 
 
 def test_published_layout_loads(program: Program, tmp_path: Path) -> None:

@@ -47,17 +47,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3n_text": ("Gemma3nForCausalLM", SHARED),
     "mamba2": ("Mamba2ForCausalLM", MAMBA2),
     "rwkv5": ("Rwkv5ForCausalLM", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}),
+    "rwkv7": ("RWKV7ForCausalLM", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", FAMILIES["recurrent-gemma"][1]),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", FAMILIES["granite4"][1]),
     "qwen3_next": ("Qwen3NextForCausalLM", FAMILIES["qwen3-next"][1]),
 }
+OURS = ("rwkv5", "rwkv7", "recurrent_gemma")  # models of this package
 pytestmark = pytest.mark.engine
 LISTENING = {"skip_tokenizer_init": False, "max_model_len": 448, "max_num_batched_tokens": 2048}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 DRAFT = {"method": "ngram", "num_speculative_tokens": 2}
 
+TWO = {"tensor_parallel_size": 2}
+
 # model ("" is the tiny Llama), policy, options, and what the message must name
-REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("", "snappkv", {}, "unknown cache policy 'snappkv'; allowed: raw, fp16"),
     ("", "snapkv(budget=0)", {}, "budget=0 is not above sinks + window"),
     ("", "fp16", {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "drop --scheduler"),
@@ -73,10 +77,13 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("gemma3n_text", "fp16", {}, "KV caches shared between layers; layer 3 is one"),
     ("mamba2", "fp16", {}, "attention-free models"),
     ("rwkv5", "fp16", {}, "attention-free models"),
+    ("rwkv7", "fp16", {}, "attention-free models"),
+    *((kind, None, TWO, "drop --tensor-parallel-size") for kind in OURS),
     ("recurrent_gemma", "fp16", {}, "is for layers of full attention, and"),
     ("granitemoehybrid", "kivi-2bit+layers(first=1,last=0)", {}, "layers of another kind"),
     ("qwen3_next", "fp16", {}, "give --dtype bfloat16"),
-    # the last one: what vLLM imports for it keeps other engines of the process from starting
+    # the last ones: what vLLM imports for them keeps other engines of the process from starting
+    *((kind, None, {"speculative_config": DRAFT}, "speculative decoding with") for kind in OURS),
     ("", "kivi-4bit", {"speculative_config": DRAFT}, "speculative decoding"),
 ]  # fmt: skip
 

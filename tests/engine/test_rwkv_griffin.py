@@ -1,4 +1,4 @@
-"""RWKV-5 and RecurrentGemma: the tokens of other implementations, states that go back."""
+"""RWKV and RecurrentGemma: the tokens of other implementations, states that go back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from linear_models.convert import convert
 from server.model_shape import ModelShape
-from tests.engine.tiny_models import agree, make_model
-from tests.engine.tiny_rwkv import RWKV5, agree_rwkv, make_rwkv5
+from tests.engine.tiny_models import agree, logprobs, make_model
+from tests.engine.tiny_rwkv import AUTHORS, RWKV5, agree_rwkv, logprobs_rwkv, make_rwkv5
+from tests.engine.tiny_rwkv7 import RWKV7, make_rwkv7
 
 if TYPE_CHECKING:
     from tests.engine.conftest import Program
@@ -35,13 +37,13 @@ GRIFFIN = {
 
 
 @pytest.fixture(scope="module")
-def rwkv5(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_rwkv5(tmp_path_factory.mktemp("rwkv5"))
-
-
-@pytest.fixture(scope="module")
-def griffin(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model("recurrent-gemma", tmp_path_factory.mktemp("griffin"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With the names of the hub's checkpoints."""
+    return {
+        "rwkv5": make_rwkv5(tmp_path_factory.mktemp("rwkv5")),
+        "rwkv7": make_rwkv7(tmp_path_factory.mktemp("rwkv7")),
+        "griffin": make_model("recurrent-gemma", tmp_path_factory.mktemp("griffin")),
+    }
 
 
 def run(program: Program, model: str) -> Any:
@@ -50,55 +52,82 @@ def run(program: Program, model: str) -> Any:
     assert got["again"] == got["tokens"]
     assert got["cached"] == [512, 256, 0]
     assert got["free"] == got["total"]
+    assert len({*got["tokens"][0]}) > 2  # else a layer might do nothing
     return got
 
 
-def test_rwkv5_answers_as_its_authors_package(program: Program, rwkv5: str) -> None:
-    """From the names of the hub's checkpoints."""
-    got = run(program, rwkv5)
-    assert agree_rwkv(rwkv5, PROMPTS, got["tokens"]) == [8] * len(PROMPTS)
-    shape = ModelShape.from_folder(Path(rwkv5), torch.float32)
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv7"])
+def test_rwkv_answers_as_its_authors_package(
+    program: Program, models: dict[str, str], family: str
+) -> None:
+    model = models[family]
+    got = run(program, model)
+    assert agree_rwkv(model, PROMPTS, got["tokens"]) == [8] * len(PROMPTS)
+    shape = ModelShape.from_folder(Path(model), torch.float32)
     assert shape.constant_bytes == sum(size * layers for *_, size, layers in got["specs"])
 
 
-def test_recurrent_gemma_answers_as_transformers_does(program: Program, griffin: str) -> None:
+def test_recurrent_gemma_answers_as_transformers_does(
+    program: Program, models: dict[str, str]
+) -> None:
+    griffin = models["griffin"]
     got = run(program, griffin)
     assert agree(griffin, PROMPTS, got["tokens"]) == [8] * len(PROMPTS)
-    assert len({*got["tokens"][0]}) > 2  # else a layer might do nothing
     shape = ModelShape.from_folder(Path(griffin), torch.float32)
     states = sum(size * n for name, _, size, n in got["specs"] if name == "MambaSpec")
     window = 2 * 64 * 4 * 384 * sum(n for name, *_, n in got["specs"] if name != "MambaSpec")
     assert shape.constant_bytes == states + window
 
 
-def test_samples_logprobs_and_preemption(program: Program, tmp_path: Path) -> None:
-    """Two samples of each request, of the likeliest token, from the names of the author's files."""
-    model = make_rwkv5(tmp_path, published=False)
+@pytest.mark.parametrize(
+    ("family", "memory"),
+    [("rwkv5", 14 * RWKV_BLOCK * 2), ("rwkv7", 14 * RWKV_BLOCK * 2), ("griffin", 30 * 65536)],
+)
+def test_samples_logprobs_and_preemption(
+    program: Program, models: dict[str, str], tmp_path: Path, family: str, memory: int
+) -> None:
+    """Two samples of each request, of the likeliest token; RWKV from its author's files."""
+    model, theirs = models[family], logprobs
+    if family != "griffin":
+        theirs = logprobs_rwkv
+        convert(Path(model) / AUTHORS, tmp_path)
     prompts = [[*PROMPTS[0][i : i + 250]] for i in range(0, 300, 50)]
     got = program(
-        "generate", model=model, policy=None, prompts=prompts, max_tokens=24, **BARE,
+        "generate", model=model if family == "griffin" else str(tmp_path), policy=None,
+        prompts=prompts, max_tokens=24, kv_cache_memory_bytes=memory, dtype="float32", **BARE,
         sampling={"n": 2, "temperature": 1.0, "top_k": 1, "detokenize": False},
-        kv_cache_memory_bytes=14 * RWKV_BLOCK * 2,
     )  # fmt: skip
     assert got["preemptions"] > 0
     assert got["free"] == got["total"]
-    answers = [result["tokens"][0] for result in got["results"]]
-    assert agree_rwkv(model, prompts, answers) == [24] * len(prompts)
-    for result in got["results"]:
-        assert result["tokens"][0] == result["tokens"][1]
-        assert result["logprobs"][0] == pytest.approx(result["logprobs"][1], abs=1e-3)
+    for prompt, result in zip(prompts, got["results"], strict=True):
+        first, second = result["tokens"]
+        assert first == second
+        expected, likeliest = theirs(model, prompt, first)
+        assert first == likeliest
+        assert result["logprobs"][0] == pytest.approx(expected, abs=1e-3)
+        assert result["logprobs"][1] == pytest.approx(expected, abs=1e-3)
+
+
+def test_names_of_older_checkpoints_load(program: Program, tmp_path: Path) -> None:
+    """Of RWKV-7, whose mixes were once stacked; their tokens are the author's package's too."""
+    model, prompts = make_rwkv7(tmp_path, "old"), PROMPTS[1:]
+    got = program(
+        "generate", model=model, policy=None, prompts=prompts, max_tokens=8,
+        sampling={"detokenize": False}, **BARE,
+    )  # fmt: skip
+    assert agree_rwkv(model, prompts, [r["tokens"][0] for r in got["results"]]) == [8] * 2
 
 
 @pytest.mark.parametrize(
-    ("family", "memory"), [("rwkv5", 9 * RWKV_BLOCK * 2), ("griffin", 30 * 65536)]
+    ("family", "memory"),
+    [("rwkv5", 9 * RWKV_BLOCK * 2), ("rwkv7", 9 * RWKV_BLOCK * 2), ("griffin", 30 * 65536)],
 )
 def test_a_storm_leaves_every_state_free(
-    program: Program, rwkv5: str, griffin: str, family: str, memory: int
+    program: Program, models: dict[str, str], family: str, memory: int
 ) -> None:
     result = program(
-        "storm", model={"rwkv5": rwkv5, "griffin": griffin}[family], policy=None, requests=80,
-        seed=5, max_model_len=1024, kv_cache_memory_bytes=memory, methods=[None], longest=600,
-        **BARE,
+        "storm", model=models[family], policy=None, requests=80, seed=5, max_model_len=1024,
+        kv_cache_memory_bytes=memory, methods=[None], longest=600, **BARE,
     )  # fmt: skip
     assert result["finished"] + result["cancelled"] == 80
     assert result["cancelled"] > 3
@@ -111,9 +140,19 @@ def test_a_storm_leaves_every_state_free(
     "config",
     [
         {**RWKV5, "hidden_size": 2048, "attention_hidden_size": 2048, "num_hidden_layers": 1},
+        {
+            **RWKV7,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 2,
+            "decay_low_rank_dim": 96,
+            "a_low_rank_dim": 96,
+            "v_low_rank_dim": 64,
+            "gate_low_rank_dim": 256,
+        },
         {**GRIFFIN, "num_hidden_layers": 3, "vocab_size": 512},
     ],
-    ids=["rwkv-5-world-1b5", "recurrentgemma-2b"],
+    ids=["rwkv-5-world-1b5", "RWKV7-Goose-World3-1.5B", "recurrentgemma-2b"],
 )
 def test_published_configurations_load(
     program: Program, tmp_path: Path, config: dict[str, Any]

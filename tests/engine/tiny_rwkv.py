@@ -1,9 +1,12 @@
-"""Tiny RWKV models with random weights, and what their author's package ``rwkv`` answers."""
+"""A tiny RWKV-5 with random weights, and what the author's package ``rwkv`` answers."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,15 @@ RENAMED = {
 MIXES = ("key", "value", "receptance", "gate")
 
 
-def make_rwkv5(folder: Path, *, published: bool = True) -> str:
-    """Save a model with the names of the hub's checkpoints, or with the author's."""
+def make_rwkv5(folder: Path) -> str:
+    """Save a model with the names of the hub's checkpoints; beside it a file of the author's."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     weights = rwkv5_weights()
     torch.save(weights, folder / AUTHORS)
     (folder / "config.json").write_text(json.dumps(RWKV5))
-    named = {_published(name) if published else name: w for name, w in weights.items()}
+    named = {_published(name): w for name, w in weights.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
@@ -72,15 +75,33 @@ def _published(name: str) -> str:
     return name
 
 
-def agree_rwkv(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
-    """How many tokens of each answer are those that the package chooses, in float32."""
-    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}  # read by the import
-    from rwkv.model import RWKV
+@functools.cache
+def authors_model(folder: str) -> Any:
+    """The package's model of a folder's weights, in float32.
 
-    model = RWKV(model=str(Path(folder) / AUTHORS), strategy="cpu fp32", verbose=False)
-    counts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits, _ = model.forward(prompt + answer, None, full_output=True)
-        chosen = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        counts.append(sum(a == b for a, b in zip(chosen, answer, strict=True)))
-    return counts
+    Its import asks the environment for one of two implementations: RWKV-7's, or that of others.
+    """
+    goose = "rwkv7" in (Path(folder) / "config.json").read_text()
+    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": str(int(goose))}
+    sys.modules.pop("rwkv.model", None)
+    rwkv, file = importlib.import_module("rwkv.model"), Path(folder) / AUTHORS
+    if goose:
+        return rwkv.RWKV(model=str(file.with_suffix("")), strategy="cpu fp32")
+    return rwkv.RWKV(model=str(file), strategy="cpu fp32", verbose=False)
+
+
+def logprobs_rwkv(
+    folder: str, prompt: list[int], answer: list[int]
+) -> tuple[list[float], list[int]]:
+    """Of each token of an answer after those before it; and the package's likeliest tokens."""
+    logits, _ = authors_model(folder).forward(prompt + answer, None, full_output=True)
+    found = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return [float(row[t]) for row, t in zip(found, answer, strict=True)], found.argmax(-1).tolist()
+
+
+def agree_rwkv(folder: str, prompts: list[list[int]], answers: list[list[int]]) -> list[int]:
+    """How many tokens of each answer are those that the package chooses."""
+    return [
+        sum(a == b for a, b in zip(logprobs_rwkv(folder, prompt, answer)[1], answer, strict=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

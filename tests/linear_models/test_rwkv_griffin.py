@@ -1,16 +1,16 @@
-"""Recurrences of RWKV-5 and Griffin in C++ against their definitions."""
+"""Recurrences of RWKV and Griffin in C++ against their definitions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from linear_models.scans import cpu, reference
 from linear_models.scans.batch import Batch
@@ -28,8 +28,17 @@ def batch(lengths: list[int], slots: list[int], has_state: list[bool]) -> Batch:
     return Batch(starts, torch.tensor(slots, dtype=torch.int32), torch.tensor(has_state))
 
 
-def wkv5(heads: int, size: int, fastest: float = 2.0) -> tuple[Step, torch.Tensor, int]:
-    """A step, states of all slots and the width of three inputs; decays of ``e^-e^fastest``."""
+class Recurrence(NamedTuple):
+    """A step, states of all slots, and the width and number of its inputs."""
+
+    step: Step
+    states: torch.Tensor
+    width: int
+    inputs: int = 3
+
+
+def wkv5(heads: int, size: int, fastest: float = 2.0) -> Recurrence:
+    """With decays of up to ``e^-e^fastest``."""
     decay = torch.exp(-torch.exp(torch.rand(heads, size) * (6 + fastest) - 6))
     bonus = torch.randn(heads, size)
 
@@ -38,11 +47,24 @@ def wkv5(heads: int, size: int, fastest: float = 2.0) -> tuple[Step, torch.Tenso
         where.wkv5(*inputs, decay, bonus, states, b, out, **more)
         return out
 
-    return step, torch.randn(SLOTS, heads, size, size), heads * size
+    return Recurrence(step, torch.randn(SLOTS, heads, size, size), heads * size)
 
 
-def rg_lru(channels: int) -> tuple[Step, torch.Tensor, int]:
-    """The same for Griffin's."""
+def wkv7(heads: int, size: int, fastest: float = 2.0) -> Recurrence:
+    """With decays around those of ``sigmoid(fastest)``."""
+
+    def step(where: Any, inputs: Any, states: torch.Tensor, b: Batch, **more: Any) -> torch.Tensor:
+        out = torch.full_like(inputs[0], torch.nan)
+        r, w, k, v, removed, rate = inputs
+        removed = normalize(removed.unflatten(1, (heads, size)), dim=-1).flatten(1)
+        where.wkv7(r, w + fastest, k, v, removed, torch.sigmoid(rate), states, b, out, **more)
+        return out
+
+    return Recurrence(step, torch.randn(SLOTS, heads, size, size), heads * size, 6)
+
+
+def rg_lru(channels: int) -> Recurrence:
+    """Griffin's."""
     rate = -8 * softplus(torch.randn(channels) * 3 - 4)
 
     def step(where: Any, inputs: Any, states: torch.Tensor, b: Batch, **more: Any) -> torch.Tensor:
@@ -50,33 +72,39 @@ def rg_lru(channels: int) -> tuple[Step, torch.Tensor, int]:
         where.rg_lru(*inputs, rate, states, b, out, **more)
         return out
 
-    return step, torch.randn(SLOTS, channels), channels
+    return Recurrence(step, torch.randn(SLOTS, channels), channels)
 
 
-def tokens(count: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Three inputs, as columns of a wider tensor."""
-    return list((torch.randn(count, 3 * width + 5) * 2).to(dtype)[:, 5:].chunk(3, dim=1))
+def tokens(count: int, width: int, dtype: torch.dtype, inputs: int = 3) -> list[torch.Tensor]:
+    """Inputs as columns of a wider tensor."""
+    wide = (torch.randn(count, inputs * width + 5) * 2).to(dtype)
+    return list(wide[:, 5:].chunk(inputs, dim=1))
 
 
 @isas
 @settings(max_examples=60, deadline=None)
 @given(
-    requests=requests, shape=st.sampled_from([(1, 16), (3, 32), (2, 64), 1, 40, 300]),
+    requests=requests,
+    which=st.sampled_from(
+        [(made, *shape) for made in (wkv5, wkv7) for shape in [(1, 16), (3, 32), (1, 48), (2, 64)]]
+        + [(rg_lru, channels) for channels in (1, 40, 300)]
+    ),
     dtype=st.sampled_from(list(NEAR)), fastest=st.sampled_from([-1.0, 2.0, 2.5, 6.0]),
     seed=st.integers(0, 99), nowhere=st.booleans(),
 )  # fmt: skip
 def test_equals_the_definition(
-    isa: str, requests: Any, shape: Any, dtype: torch.dtype, fastest: float, seed: int,
+    isa: str, requests: Any, which: Any, dtype: torch.dtype, fastest: float, seed: int,
     nowhere: bool,
 ) -> None:  # fmt: skip
     """At decays so fast that a chunk of tokens, or of some of them, cannot be taken at once too."""
     torch.manual_seed(seed)
-    step, states, width = rg_lru(shape) if isinstance(shape, int) else wkv5(*shape, fastest)
+    made, *shape = which
+    step, states, width, count = made(*shape) if made is rg_lru else made(*shape, fastest)
     lengths, has = ([r[i] for r in requests] for i in (0, 1))
     slots = torch.randperm(SLOTS)[: len(lengths)].tolist()
     if nowhere:
         slots[0] = -1
-    b, inputs = batch(lengths, slots, has), tokens(sum(lengths), width, dtype)
+    b, inputs = batch(lengths, slots, has), tokens(sum(lengths), width, dtype, count)
     theirs, ours = states.clone(), states.clone()
     expected = step(reference, inputs, theirs, b)
     got = step(cpu, inputs, ours, b, isa=isa)
@@ -92,8 +120,8 @@ def test_equals_the_definition(
 @given(cuts=st.lists(st.integers(1, 39), max_size=4, unique=True))
 def test_chunks_are_the_whole(isa: str, cuts: list[int]) -> None:
     torch.manual_seed(0)
-    for step, states, width in (wkv5(2, 64), rg_lru(40)):
-        inputs = tokens(40, width, torch.float32)
+    for step, states, width, count in (wkv5(2, 64), wkv7(2, 64), rg_lru(40)):
+        inputs = tokens(40, width, torch.float32, count)
         whole, parts = states.clone(), states.clone()
         expected = step(cpu, inputs, whole, batch([40], [2], [False]), isa=isa)
         got = [
@@ -108,7 +136,7 @@ def test_chunks_are_the_whole(isa: str, cuts: list[int]) -> None:
 def test_no_decay_and_no_memory(isa: str) -> None:
     """Decays of 1 and 0, the ends of their range."""
     torch.manual_seed(0)
-    _, states, width = wkv5(1, 32)
+    _, states, width, _ = wkv5(1, 32)
     decay, inputs = torch.tensor([[1.0, 0.0] * 16]), tokens(20, width, torch.float32)
     b, bonus = batch([20], [1], [True]), torch.zeros(1, 32)
     found = []
@@ -121,15 +149,16 @@ def test_no_decay_and_no_memory(isa: str) -> None:
 
 def test_threads_change_nothing() -> None:
     torch.manual_seed(0)
-    for step, states, width in (wkv5(5, 32), rg_lru(600)):
-        inputs, b = tokens(40, width, torch.bfloat16), batch([1, 39], [1, 3], [True, False])
+    b = batch([1, 39], [1, 3], [True, False])
+    for step, states, width, count in (wkv5(5, 32), wkv7(5, 32), rg_lru(600)):
+        inputs = tokens(40, width, torch.bfloat16, count)
         one = step(cpu, inputs, states.clone(), b, num_threads=1)
         assert torch.equal(step(cpu, inputs, states.clone(), b, num_threads=2), one)
 
 
 def test_in_place_as_the_model_calls_it() -> None:
     torch.manual_seed(0)
-    _, states, width = rg_lru(40)
+    _, states, width, _ = rg_lru(40)
     rate, b = -torch.rand(width), batch([12], [0], [True])
     x, *gates = (part.contiguous() for part in tokens(12, width, torch.float32))
     expected = torch.empty_like(x)
@@ -184,8 +213,9 @@ def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str) -> 
     heads, size = changed.get("heads", (1, 16))
     x = torch.zeros(4, heads * size)
     states = changed.get("states", torch.zeros(2, heads, size, size))
-    decay = torch.ones(heads, size)
+    decay, b = torch.ones(heads, size), batch([4], [0], [True])
+    r = changed.get("r", x)
     with pytest.raises(ValueError, match=message):
-        cpu.wkv5(
-            changed.get("r", x), x, x, decay, decay, states, batch([4], [0], [True]), x.clone()
-        )
+        cpu.wkv5(r, x, x, decay, decay, states, b, x.clone())
+    with pytest.raises(ValueError, match=message):
+        cpu.wkv7(r, x, x, x, x, x, states, b, x.clone())

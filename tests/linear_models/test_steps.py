@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cache_policies.errors import PolicyError
+from linear_models.limits import refuse_speculation
 from linear_models.mamba1 import refuse_layer
-from linear_models.steps import batch_of, refuse_speculation
+from linear_models.steps import batch_of
 
 
 def metadata(decodes: list[int], prefills: list[tuple[int, int, bool]]) -> Any:

@@ -18,6 +18,7 @@ from server.model_shape import ModelShape
 from server.models import ModelError, get_model, model_path, resolve
 from tests.engine.tiny_models import FAMILIES
 from tests.engine.tiny_rwkv import RWKV5
+from tests.engine.tiny_rwkv7 import RWKV7
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,6 +183,14 @@ def test_a_model_without_attention_is_a_constant(
 def test_rwkv5_is_a_constant(tmp_path: Path) -> None:
     """Published sizes; the file says a head's size where the number of heads is meant."""
     text = {**RWKV5, "hidden_size": 2048, "attention_hidden_size": 2048, "num_hidden_layers": 24}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    shape = ModelShape.from_folder(tmp_path, torch.bfloat16)
+    assert (shape.layers, shape.constant_bytes) == (0, 24 * (32 * 64 * 64 * 4 + 2 * 2048 * 2))
+
+
+def test_rwkv7_is_a_constant(tmp_path: Path) -> None:
+    """Of RWKV7-Goose-World3-1.5B."""
+    text = {**RWKV7, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
     (tmp_path / "config.json").write_text(json.dumps(text))
     shape = ModelShape.from_folder(tmp_path, torch.bfloat16)
     assert (shape.layers, shape.constant_bytes) == (0, 24 * (32 * 64 * 64 * 4 + 2 * 2048 * 2))

@@ -52,6 +52,13 @@ struct Wkv5 {
   int heads, size;
 };
 
+struct Wkv7 {
+  Batch batch;
+  Rows r, w, k, v, removed, rate, out;  // a row holds its heads one after the other
+  States states;                        // float32; a slot's items are contiguous
+  int heads, size;
+};
+
 struct RgLru {
   Batch batch;
   Rows x, input_gate, gate, out;  // gates before their sigmoids
@@ -65,6 +72,7 @@ struct Scans {
   void (*causal_conv)(const Conv&, int threads);
   void (*selective_scan)(const SelectiveScan&, int threads);
   void (*wkv5)(const Wkv5&, int threads);
+  void (*wkv7)(const Wkv7&, int threads);
   void (*rg_lru)(const RgLru&, int threads);
 };
 

@@ -138,55 +138,81 @@ SCAN_INLINE Vec exp(Vec x) {
   return x < lowest ? Vec{} : p;
 }
 
-// 2^(x / STEPS) for x <= 0, about 2^-126 below that, within three units in the last place: a
-// table of 2^(j / STEPS) and a short polynomial, for few operations and none that wait
-#if defined(__AVX512F__)
-enum { STEPS = 32 };
-#elif defined(__AVX2__)
-enum { STEPS = 8 };
-#else
-enum { STEPS = 1 };
-#endif
+// 2^(x y) for x y below 127, which is finite; below -126, zero or about 2^-126. Within three units in
+// the last place: a table of 2^(j / 32) or 2^(j / 8) and a short polynomial, for few operations and
+// none that wait
 const float LN2 = 0.69314718f, LOG2E = 1.44269504f;
 
 #if defined(__AVX2__)
-// bits of 2^(j / 32), less what the shifted j adds to them
 static const uint32_t POWERS[32] = {
-    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
-    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+    0x3f800000, 0x3f82cd87, 0x3f85aac3, 0x3f88980f, 0x3f8b95c2, 0x3f8ea43a, 0x3f91c3d3, 0x3f94f4f0,
+    0x3f9837f0, 0x3f9b8d3a, 0x3f9ef532, 0x3fa27043, 0x3fa5fed7, 0x3fa9a15b, 0x3fad583f, 0x3fb123f6,
+    0x3fb504f3, 0x3fb8fbaf, 0x3fbd08a4, 0x3fc12c4d, 0x3fc5672a, 0x3fc9b9be, 0x3fce248c, 0x3fd2a81e,
+    0x3fd744fd, 0x3fdbfbb8, 0x3fe0ccdf, 0x3fe5b907, 0x3feac0c7, 0x3fefe4ba, 0x3ff5257d, 0x3ffa83b3};
 #endif
 
-SCAN_INLINE Vec decay(Vec x) {
+SCAN_INLINE Vec decay(Vec x, Vec y) {
 #if defined(__AVX512F__)
-  x = bits<Vec>(_mm512_max_ps(_mm512_set1_ps(-126.f * STEPS), bits<__m512>(x)));  // NaN stays
+  // the middle of 2^18's binade has 32nds only: adding it rounds to one, whose lowest bits say
+  // which of a power of two's it is
+  const float round = 393216.f, near = LN2 / 32;
+  const Vec m = x * y + round, n = m - round, r = x * y - n;
+  const Vec power = bits<Vec>(_mm512_permutex2var_epi32(
+      _mm512_loadu_si512(POWERS), bits<__m512i>(m), _mm512_loadu_si512(POWERS + 16)));
+  // LN2 r + (LN2 r)^2 / 2, with what a cube adds on the average of |r| <= 1/64
+  const Vec part = r * (r * (LN2 * LN2 / 2) + LN2 * (1 + near * near / 32));
+  return bits<Vec>(_mm512_scalef_ps(bits<__m512>(power * part + power), bits<__m512>(n)));
 #elif defined(__AVX2__)
-  x = bits<Vec>(_mm256_max_ps(_mm256_set1_ps(-126.f * STEPS), bits<__m256>(x)));
-#else
-  return exp(x * LN2);
-#endif
-#if defined(__AVX2__)
-  // the middle of 2^23's binade has whole numbers only: adding it rounds to one, which then
-  // stands in the lowest bits
-  const float round = 12582912.f;
-  const Vec m = x + round, r = x - (m - round);
+  const float round = 1572864.f;  // the same of eighths
+  const Vec product = bits<Vec>(_mm256_max_ps(_mm256_set1_ps(-126.f), bits<__m256>(x * y)));  // NaN stays
+  const Vec m = product + round, r = product - (m - round);
   const WordVec n = bits<WordVec>(m);
-  const float c = LN2 / STEPS;  // of e^(c r)
-#if defined(__AVX512F__)
-  const __m512i power = _mm512_permutex2var_epi32(_mm512_loadu_si512(POWERS), bits<__m512i>(n),
-                                                  _mm512_loadu_si512(POWERS + 16));
-  const Vec whole = bits<Vec>(bits<WordVec>(power) + (n << 18));
-  // c r + (c r)^2 / 2, with what a cube adds on the average of |r| <= 1/2
-  const Vec part = r * (r * (c * c / 2) + c * (1 + c * c / 32));
-#else
-  const WordVec eighths = {POWERS[0],  POWERS[4],  POWERS[8],  POWERS[12],
-                           POWERS[16], POWERS[20], POWERS[24], POWERS[28]};
+  // less what the shifted eighths add
+  const WordVec eighths = {POWERS[0],
+                           POWERS[4] - (1u << 20),
+                           POWERS[8] - (2u << 20),
+                           POWERS[12] - (3u << 20),
+                           POWERS[16] - (4u << 20),
+                           POWERS[20] - (5u << 20),
+                           POWERS[24] - (6u << 20),
+                           POWERS[28] - (7u << 20)};
   const __m256i power = _mm256_permutevar8x32_epi32(bits<__m256i>(eighths), bits<__m256i>(n));
   const Vec whole = bits<Vec>(bits<WordVec>(power) + (n << 20));
-  const Vec part = r * (r * (r * (c * c * c / 6) + c * c / 2) + c);
-#endif
+  const Vec part = r * (r * (r * (LN2 * LN2 * LN2 / 6) + LN2 * LN2 / 2) + LN2);
   return whole * part + whole;
+#else
+  return exp(x * y * LN2);
+#endif
+}
+
+SCAN_INLINE Vec at_least(float limit, Vec x) {  // NaN stays
+#if defined(__AVX512F__)
+  return bits<Vec>(_mm512_max_ps(_mm512_set1_ps(limit), bits<__m512>(x)));
+#else
+  return x < limit ? all(limit) : x;
+#endif
+}
+
+SCAN_INLINE Vec at_most(float limit, Vec x) {  // NaN stays
+#if defined(__AVX512F__)
+  return bits<Vec>(_mm512_min_ps(_mm512_set1_ps(limit), bits<__m512>(x)));
+#else
+  return x > limit ? all(limit) : x;
+#endif
+}
+
+// e^-x, for an x beyond a limit that of the limit
+SCAN_INLINE Vec falling(Vec x, float limit) {
+  return decay(at_most(limit, at_least(-limit, x)), all(-LOG2E));
+}
+
+// 1 / x for x of neither very small nor very large size
+SCAN_INLINE Vec inverse(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = bits<Vec>(_mm512_rcp14_ps(bits<__m512>(x)));  // doubled are its 14 bits by
+  return y + y * (1.f - x * y);
+#else
+  return 1.f / x;
 #endif
 }
 
@@ -198,16 +224,12 @@ SCAN_INLINE float sum(Vec v) {
   return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
-SCAN_INLINE Vec below(Vec x) { return x < 0.f ? x : -x; }  // -|x|
-
-SCAN_INLINE Vec silu(Vec x) {
-  const Vec y = decay(below(x) * (LOG2E * STEPS));
-  return x * (x < 0.f ? y : all(1.f)) / (1.f + y);
-}
+SCAN_INLINE Vec silu(Vec x) { return x * inverse(1.f + falling(x, 87.f)); }
 
 // log(1 + e^x) = max(x, 0) + 2 atanh(y / (2 + y)), y = e^-|x|
 SCAN_INLINE Vec softplus(Vec x) {
-  const Vec y = decay(below(x) * (LOG2E * STEPS)), s = y / (2.f + y), q = s * s;
+  const Vec size = bits<Vec>(bits<WordVec>(x) & 0x7fffffff);
+  const Vec y = decay(at_most(87.f, size), all(-LOG2E)), s = y * inverse(2.f + y), q = s * s;
   Vec p = q * (1.f / 13) + 1.f / 11;
   p = p * q + 1.f / 9;
   p = p * q + 1.f / 7;
@@ -228,10 +250,7 @@ SCAN_INLINE Vec root(Vec x) {  // square root
 #endif
 }
 
-SCAN_INLINE const char* row(const Rows& m, int64_t i) {
-  return m.data + i * m.stride * (m.dtype == Dtype::f32 ? 4 : 2);
-}
-SCAN_INLINE char* slot(const States& s, int64_t i) {
-  return s.data + i * s.slot * (s.dtype == Dtype::f32 ? 4 : 2);
-}
+SCAN_INLINE int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+SCAN_INLINE const char* row(const Rows& m, int64_t i) { return m.data + i * m.stride * bytes_of(m.dtype); }
+SCAN_INLINE char* slot(const States& s, int64_t i) { return s.data + i * s.slot * bytes_of(s.dtype); }
 SCAN_INLINE int at_most(int a, int b) { return a < b ? a : b; }

@@ -101,6 +101,13 @@ void wkv5(const std::string& isa, const BatchArg& b, const RowsArg& r, const Row
   table(isa).wkv5(call, threads(num_threads));
 }
 
+void wkv7(const std::string& isa, const BatchArg& b, const std::vector<RowsArg>& r, const StatesArg& s,
+          int heads, int size, int num_threads) {
+  const Wkv7 call{batch(b), rows(r.at(0)), rows(r.at(1)), rows(r.at(2)), rows(r.at(3)), rows(r.at(4)),
+                  rows(r.at(5)), rows(r.at(6)), states(s), heads, size};
+  table(isa).wkv7(call, threads(num_threads));
+}
+
 void rg_lru(const std::string& isa, const BatchArg& b, const RowsArg& x, const RowsArg& input_gate,
             const RowsArg& gate, const RowsArg& out, const StatesArg& s, intptr_t rate, int channels,
             int num_threads) {
@@ -119,5 +126,6 @@ NB_MODULE(_scans, m) {
   m.def("causal_conv", &causal_conv, nb::call_guard<nb::gil_scoped_release>());
   m.def("selective_scan", &selective_scan, nb::call_guard<nb::gil_scoped_release>());
   m.def("wkv5", &wkv5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("wkv7", &wkv7, nb::call_guard<nb::gil_scoped_release>());
   m.def("rg_lru", &rg_lru, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -4,18 +4,31 @@
 
 enum { CHANNELS = 256 };  // of a thread at once
 
-// e^x for x <= 0, or e^-87 below; near zero to the last bit, which a root of 1 - a^2 needs
-SCAN_INLINE Vec shrink(Vec x) {
+// e^(x y) for x y <= 0, and 1 - e^(2 x y); where they are near one and zero, that is no difference of
+// almost equal numbers
+SCAN_INLINE Vec shrink(Vec x, Vec y, Vec& rest) {
+#if defined(__AVX512F__)
+  x *= LOG2E;
+  const float round = 393216.f;  // as in `decay`, but for a third item of the series
+  const Vec m = x * y + round, n = m - round, r = x * y - n;
+  const Vec power = bits<Vec>(_mm512_permutex2var_epi32(
+      _mm512_loadu_si512(POWERS), bits<__m512i>(m), _mm512_loadu_si512(POWERS + 16)));
+  const Vec p = r * (r * (r * (LN2 * LN2 * LN2 / 6) + LN2 * LN2 / 2) + LN2);
+  const Vec a = bits<Vec>(_mm512_scalef_ps(bits<__m512>(power * p + power), bits<__m512>(n)));
+#else
   const float round = 12582912.f;
-  x = x < -87.f ? all(-87.f) : x;
-  const Vec whole = x * LOG2E + round, n = whole - round;  // its last bits hold n
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec z = at_least(-87.f, x * y);
+  const Vec whole = z * LOG2E + round, n = whole - round;  // its last bits hold n
+  const Vec r = (z - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = r * 1.38888889e-3f + 8.33333333e-3f;
   p = p * r + 4.16666667e-2f;
   p = p * r + 1.66666667e-1f;
   p = p * r + 0.5f;
-  p = (p * r + 1.f) * r + 1.f;
-  return bits<Vec>(bits<IntVec>(p) + (bits<IntVec>(whole) << 23));
+  p = (p * r + 1.f) * r;
+  const Vec a = bits<Vec>(bits<IntVec>(p + 1.f) + (bits<IntVec>(whole) << 23));
+#endif
+  rest = n == 0.f ? -p * (2.f + p) : 1.f - a * a;
+  return a;
 }
 
 // one token of n channels from item i on; FLOATS: all rows are float32
@@ -23,14 +36,12 @@ template <bool FLOATS>
 SCAN_INLINE void gate(const RgLru& call, int64_t t, int i, int n, bool starts, Vec& h) {
   const auto dtype = [](const Rows& rows) { return FLOATS ? Dtype::f32 : rows.dtype; };
   const auto item = [&](const Rows& rows) { return load(row(rows, t), i, dtype(rows), n); };
-  // two sigmoids with one division: that of x is e^-|x| or 1 over 1 + e^-|x|
-  const Vec in = item(call.input_gate), keep = item(call.gate);
-  const Vec y = decay(below(in) * (LOG2E * STEPS)), z = decay(below(keep) * (LOG2E * STEPS));
-  const Vec both = 1.f / ((1.f + y) * (1.f + z));
-  const Vec open = (keep < 0.f ? z : all(1.f)) * both * (1.f + y);
-  const Vec a = shrink(load(call.rate + i, n) * open);
-  Vec u = item(call.x) * (in < 0.f ? y : all(1.f)) * both * (1.f + z);
-  if (!starts) u *= root(1.f - a * a);
+  // two sigmoids with one division; beyond 43 they are almost zero or one
+  const Vec y = 1.f + falling(item(call.input_gate), 43.f), z = 1.f + falling(item(call.gate), 43.f);
+  const Vec both = inverse(y * z);
+  Vec rest, u = item(call.x) * (both * z);
+  const Vec a = shrink(load(call.rate + i, n), both * y, rest);
+  if (!starts) u *= root(rest);
   h = a * h + u;
   store((char*)row(call.out, t), i, dtype(call.out), n, h);
 }

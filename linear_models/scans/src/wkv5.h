@@ -12,9 +12,9 @@ enum { CHUNK = 8 };  // outputs and values of a chunk stay in registers
 #else
 enum { CHUNK = 4 };
 #endif
-enum { SHORT_CHUNK = 4, MAX_HEAD = 256 };
+enum { SHORT_CHUNK = 4 };
 
-struct Tile {
+struct Wkv5Tile {
   alignas(64) float r[CHUNK * MAX_HEAD], k[CHUNK * MAX_HEAD], bonus[CHUNK];
 };
 
@@ -38,7 +38,7 @@ static void powers_of(const float* decays, int size, Powers& powers) {
 }
 
 // receptances and keys of `count` tokens with their decays, and receptance . (bonus * key)
-static void fill(const Wkv5& call, const Powers* powers, int64_t token, int head, int count, Tile& tile) {
+static void wkv5_fill(const Wkv5& call, const Powers* powers, int64_t token, int head, int count, Wkv5Tile& tile) {
   const int size = call.size, first = head * size;
   const float* bonus = call.bonus + first;
   for (int t = 0; t < count; t++) {
@@ -62,18 +62,18 @@ static void fill(const Wkv5& call, const Powers* powers, int64_t token, int head
 SCAN_INLINE void fetch(const Rows* rows, int64_t token, int64_t end, int first, int bytes, int i) {
   const int line = i % 8 * 64;
   if (line >= bytes || token + i / 8 >= end) return;
-  const int item = rows->dtype == Dtype::f32 ? 4 : 2;
+  const int item = bytes_of(rows->dtype);
   __builtin_prefetch(row(*rows, token + i / 8) + int64_t(first) * item + line);
 }
 
 template <int COUNT>
-static void advance(const Wkv5& call, const Tile& tile, const float* decays, int64_t token, int64_t end,
+static void wkv5_advance(const Wkv5& call, const Wkv5Tile& tile, const float* decays, int64_t token, int64_t end,
                     int head, float* state) {
   const int size = call.size, first = head * size;
   const Rows* next[] = {&call.r, &call.k, &call.v, &call.out};
   for (int j = 0; j < size; j += LANES) {
     const Rows* ahead = next[j / LANES % 4];
-    const int bytes = size * (ahead->dtype == Dtype::f32 ? 4 : 2);
+    const int bytes = size * bytes_of((ahead->dtype));
     Vec out[COUNT], value[COUNT];
     for (int t = 0; t < COUNT; t++) {
       value[t] = load(row(call.v, token + t), first + j, call.v.dtype, LANES);
@@ -98,36 +98,34 @@ static void advance(const Wkv5& call, const Tile& tile, const float* decays, int
 
 // whole chunks from a token on; the token after them
 template <int COUNT>
-static int64_t chunks(const Wkv5& call, const Powers& powers, Tile& tile, int64_t token, int64_t end,
+static int64_t wkv5_chunks(const Wkv5& call, const Powers& powers, Wkv5Tile& tile, int64_t token, int64_t end,
                       int head, float* state) {
   for (; token + COUNT <= end; token += COUNT) {
-    fill(call, &powers, token, head, COUNT, tile);
-    advance<COUNT>(call, tile, powers.before + COUNT * call.size, token, end, head, state);
+    wkv5_fill(call, &powers, token, head, COUNT, tile);
+    wkv5_advance<COUNT>(call, tile, powers.before + COUNT * call.size, token, end, head, state);
   }
   return token;
 }
 
 static void wkv5_head(const Wkv5& call, int seq, int head) {
   const Batch& batch = call.batch;
-  const int size = call.size, slot_index = batch.slots[seq];
+  const int size = call.size;
   const float* decays = call.decay + head * size;
   alignas(64) float own[MAX_HEAD * MAX_HEAD];
-  float* state = own;
-  if (slot_index >= 0) state = (float*)slot(call.states, slot_index) + int64_t(head) * size * size;
-  if (slot_index < 0 || !batch.has_state[seq]) memset(state, 0, sizeof(float) * size * size);
+  float* state = head_state(call, seq, head, own);
   int64_t token = batch.query_start[seq];
   const int64_t end = batch.query_start[seq + 1];
-  Tile tile;
+  Wkv5Tile tile;
   if (end - token >= SHORT_CHUNK) {
     Powers powers;
     powers_of(decays, size, powers);
-    if (powers.safe == CHUNK) token = chunks<CHUNK>(call, powers, tile, token, end, head, state);
+    if (powers.safe == CHUNK) token = wkv5_chunks<CHUNK>(call, powers, tile, token, end, head, state);
     if (powers.safe >= SHORT_CHUNK)
-      token = chunks<SHORT_CHUNK>(call, powers, tile, token, end, head, state);
+      token = wkv5_chunks<SHORT_CHUNK>(call, powers, tile, token, end, head, state);
   }
   for (; token < end; token++) {
-    fill(call, nullptr, token, head, 1, tile);
-    advance<1>(call, tile, decays, token, end, head, state);
+    wkv5_fill(call, nullptr, token, head, 1, tile);
+    wkv5_advance<1>(call, tile, decays, token, end, head, state);
   }
 }
 

@@ -1,0 +1,90 @@
+"""The author's RWKV files as model folders: sizes from shapes, and what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from cache_policies.errors import PolicyError
+from linear_models.configs import register_configs
+from linear_models.convert import config_of, convert
+from server.cli import app
+from tests.engine.tiny_rwkv import RWKV5, rwkv5_weights
+from tests.engine.tiny_rwkv7 import RWKV7, rwkv7_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERSIONS = {"rwkv5": (rwkv5_weights, RWKV5), "rwkv7": (rwkv7_weights, RWKV7)}
+SIZES = {
+    "rwkv5": ("head_size", "attention_hidden_size", "num_attention_heads"),
+    "rwkv7": (
+        "head_dim", "num_heads", "decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim",
+        "gate_low_rank_dim", "value_dim", "norm_eps",
+    ),
+}  # fmt: skip
+COMMON = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_sizes_are_those_of_the_published_configuration(version: str, tmp_path: Path) -> None:
+    register_configs()
+    weights, published = VERSIONS[version]
+    made = {name: w.bfloat16() for name, w in weights().items()}
+    torch.save(made, tmp_path / "model.pth")
+    result = CliRunner().invoke(
+        app, ["model", "convert", str(tmp_path / "model.pth"), str(tmp_path / "folder")]
+    )
+    assert (result.exit_code, result.output.strip()) == (0, str(tmp_path / "folder"))
+    found = AutoConfig.from_pretrained(tmp_path / "folder")
+    expected = AutoConfig.for_model(**{k: v for k, v in published.items() if k != "auto_map"})
+    for name in (*COMMON, *SIZES[version], "intermediate_size"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.dtype == torch.bfloat16
+    kept = load_file(tmp_path / "folder" / "model.safetensors")
+    assert kept.keys() == made.keys()
+    assert all(torch.equal(kept[name], made[name]) for name in made)
+
+
+def test_a_single_block_has_no_mix_of_values() -> None:
+    alone = {n: w for n, w in rwkv7_weights().items() if not n.startswith("blocks.1.")}
+    assert config_of(alone)["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.att.time_maa_x": torch.zeros(1)}, "neither RWKV-5.2 nor RWKV-7"),  # RWKV-6
+        ({"blocks.0.att.time_decay": torch.zeros(2)}, "neither RWKV-5.2 nor RWKV-7"),  # RWKV-5.0
+        ({"emb.weight": None}, "has no emb.weight"),
+        ({"blocks.0.att.r_k": torch.zeros(2, 64), "blocks.0.ffn.s_emb.weight": torch.zeros(1)},
+         "DeepEmbed"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused(
+    changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    weights = {k: w for k, w in {**rwkv5_weights(), **changes}.items() if w is not None}
+    torch.save(weights, tmp_path / "model.pth")
+    with pytest.raises(PolicyError, match=message):
+        convert(tmp_path / "model.pth", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_text("no weights")
+    with pytest.raises(PolicyError, match=r"model\.pth cannot be read as weights"):
+        convert(tmp_path / "model.pth", tmp_path / "folder")
+    with pytest.raises(PolicyError, match=r"nowhere\.pth cannot be read as weights"):
+        convert(tmp_path / "nowhere.pth", tmp_path / "folder")
+
+
+def test_a_model_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PolicyError, match="holds a model already"):
+        convert(tmp_path / "model.pth", tmp_path)
