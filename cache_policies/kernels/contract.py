@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -112,8 +113,9 @@ class Batch:
 
     def with_slots(self, slots: torch.Tensor) -> Batch:
         """The same under a slot map; counts that are on the device are not copied again."""
-        batch = replace(self, slots=slots)
-        batch.__dict__["device_counts"] = self.device_counts
+        assert self.device_counts is not None  # there now, and so in the copy
+        batch = copy(self)
+        object.__setattr__(batch, "slots", slots)
         return batch
 
     def row(self, seq: int) -> Batch:
