@@ -150,9 +150,8 @@ class Slots:
         """
         if not self.uneven:
             return self.batch
-        source = divisions, self.batch.num_seqs, self.batch.block_table.shape, self._width
-        source = *source, self.uneven
-        return self.batch.with_slots(latest.of(source, lambda: self._map(divisions)))
+        slots = latest.of((divisions, self._form), lambda: self._map(divisions))
+        return self.batch.with_slots(slots)
 
     def reads(self, divisions: dict[int, Division], latest: Latest[Reads]) -> Reads | None:
         """The store pages that each head has; None where every head has all of them."""
@@ -189,6 +188,11 @@ class Slots:
         """Store pages of the uneven requests, in their slot maps."""
         stored = self.batch.host.stored
         return {seq: self.plan.store_pages(int(stored[seq])) for seq in self.uneven}
+
+    @cached_property
+    def _form(self) -> tuple[object, ...]:
+        """What a slot map follows from, beside the divisions."""
+        return self.batch.num_seqs, self.batch.block_table.shape[1], self._width, self.uneven
 
     @cached_property
     def _width(self) -> int:

@@ -236,10 +236,8 @@ class Step:
 
     # ---- pages to be read
 
-    def _reads(
-        self, layer: Layer, batch: Batch, tokens: Tokens, own: Reads | None
-    ) -> Reads | None:
-        """Pages that requests choose, beside those that uneven heads own: nothing is chosen of these."""
+    def _reads(self, layer: Layer, batch: Batch, tokens: Tokens, own: Reads | None) -> Reads | None:
+        """Pages that requests choose, and those that uneven heads own, which choose none."""
         chosen = self._sparse(layer, batch, tokens)
         for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
