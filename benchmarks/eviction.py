@@ -1,12 +1,14 @@
 """What eviction gives back and what scoring costs, in the engine itself.
 
-Usage: ``python -m benchmarks.eviction prefill | pool [--tokens N]``
+Usage: ``python -m benchmarks.eviction prefill | pool | heads [--tokens N] [--method M ...]``
 
 ``prefill`` (smollm2-135m): seconds from a prompt of about 7000 tokens to its first token under
 each method, in one engine, the most pages in use meanwhile, read from the pool after every step,
 and the median of the decode steps that follow. ``pool`` (a random model of one layer, since only
 pages matter): requests of 8192 tokens that decode at the same time in a pool of 512 fp16 pages of
-128 tokens, and the pages of one request before and after its first decode step.
+128 tokens, and the pages of one request before and after its first decode step. ``heads`` (no
+model: layers of 32 query and 8 KV heads of 64, random tokens): decode steps of four requests that
+keep 1024 of 2048 tokens, with uniform and with adaptive heads in turn.
 """
 
 from __future__ import annotations
@@ -26,19 +28,25 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.end_to_end import ENVIRONMENT, MARK, text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 PREFILL = (
-    "all", "snapkv(budget=1024)", "h2o(heavy=512,recent=512)",
+    "snapkv(budget=1024)", "h2o(heavy=512,recent=512)",
     "h2o(heavy=512,recent=512,prefill=bounded)", "streaming-llm(sinks=4,window=1020)",
     "keydiff(budget=1024)", "expected-attention(budget=1024)", "infllm(topk=6,init=128,local=128)",
-    "quest(topk=6,init=128,local=128)",
+    "quest(topk=6,init=128,local=128)", "snapkv(budget=1024,heads=adaptive)",
+    "expected-attention(budget=1024,heads=adaptive)", "h2o(heavy=512,recent=512,heads=adaptive)",
+    "snapkv(budget=1024,merge=values)", "keydiff(budget=1024,merge=values)",
+    "r-kv(budget=1024)", "r-kv(budget=1024,prefill=bounded)", "compactor(budget=1024)",
+    "snapkv(budget=2048)+quest(topk=6,init=128,local=128)",
 )  # fmt: skip
 POOL = (
     "fp16", "kivi-4bit", "snapkv(budget=1024)+fp16", "snapkv(budget=1024)+kivi-4bit",
     "streaming-llm(sinks=4,window=1020)+kivi-4bit",
 )  # fmt: skip
 DECODE_STEPS = 40
+HEADS, KV_HEADS, SIZE = 32, 8, 64  # of `heads`
+LAYERS, REQUESTS, STEPS = 16, 4, 100
 POOL_BYTES = 512 * 128 * 2 * 64 * 2  # pages, tokens, key and value, head size, float16
 
 
@@ -59,7 +67,7 @@ def engine(model: str, policy: str, **options: Any) -> Any:
     return LLM(model, **{**defaults, **options})
 
 
-def prefill(tokens: int) -> list[tuple[str, float, int, float]]:
+def prefill(tokens: int, methods: list[str]) -> list[tuple[str, float, int, float]]:
     """Method, seconds to the first token, most pages in use, seconds of a decode step."""
     from vllm import SamplingParams
 
@@ -71,7 +79,7 @@ def prefill(tokens: int) -> list[tuple[str, float, int, float]]:
     )  # fmt: skip
     prompt = llm.get_tokenizer().encode(text(tokens, seed=0))[:tokens]
     core, rows = llm.llm_engine, []
-    for method in PREFILL:
+    for method in methods:
         chosen = SamplingParams(
             max_tokens=DECODE_STEPS, ignore_eos=True, extra_args={"cache_policy": method}
         )
@@ -132,6 +140,62 @@ def tiny(folder: str) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def layer_steps(codec: str, method: str) -> Callable[[], float]:
+    """A decode step of layers of random tokens; returns milliseconds of one layer."""
+    import numpy as np
+    import torch
+
+    from cache_policies.kernels.contract import Shape
+    from cache_policies.kernels.cpu import CpuKernel
+    from cache_policies.pages.layout import PageLayout
+    from cache_policies.pages.plan import Plan
+    from cache_policies.policy import parse, parse_method
+    from cache_policies.retention.rope import Rope
+    from cache_policies.step.cut import Layer, Tokens
+    from cache_policies.step.request import Engine, RequestState, span_of
+    from cache_policies.step.step import Step
+
+    layout = PageLayout(parse(codec).codec, SIZE, 128, torch.float32)
+    plan, prompt, scale = Plan.of(layout), 2048, SIZE**-0.5
+    span = span_of(parse_method(method), Engine(plan, LAYERS, 2 * prompt, 10**6), prompt)
+    states = [RequestState(parse_method(method), span) for _ in range(REQUESTS)]
+    count = REQUESTS * span.pages(prompt + STEPS)
+    table = torch.randperm(count).to(torch.int32).reshape(REQUESTS, -1)
+    kernel, rope = CpuKernel(layout, Shape(HEADS, KV_HEADS, scale)), Rope(torch.empty(0), 0)
+    layers = [
+        Layer(i, LAYERS, layout, kernel, pages, rope, scale)
+        for i, pages in enumerate(torch.zeros(LAYERS, count, KV_HEADS, layout.head_bytes).byte())
+    ]
+    spread = torch.linspace(0.3, 2, KV_HEADS)[:, None]  # heads look at many tokens, or at few
+
+    def step(fresh: int = 1) -> float:
+        before, tokens = states[0].computed, REQUESTS * fresh
+        query, output = torch.randn(tokens, HEADS, SIZE), torch.empty(tokens, HEADS, SIZE)
+        key, value = torch.randn(2, tokens, KV_HEADS, SIZE)
+        begin = time.perf_counter()
+        for state in states:
+            state.advance(before, before + fresh)
+        start = np.arange(REQUESTS + 1, dtype=np.int32) * fresh
+        step = Step(plan, start, np.full(REQUESTS, before, dtype=np.int32), states, table)
+        for layer in layers:
+            step.run(layer, Tokens(query, key * spread, value), output)
+        return (time.perf_counter() - begin) / LAYERS * 1000
+
+    step(prompt)
+    return step
+
+
+def show_heads() -> None:
+    """Print the table of ``heads``."""
+    print(f"{'':12}{'uniform ms':>12}{'adaptive ms':>13}{'x':>7}")
+    for codec in ("fp16", "kivi-4bit"):
+        names = [f"snapkv(budget=1024,heads={heads})" for heads in ("uniform", "adaptive")]
+        steps = [layer_steps(codec, name) for name in names]
+        times = [[step() for step in steps] for _ in range(STEPS)]
+        uniform, adaptive = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"{codec:12}{uniform:12.2f}{adaptive:13.2f}{adaptive / uniform:7.2f}", flush=True)
+
+
 def in_process(call: str, *arguments: Any) -> Any:
     """The result of a function of this module in a process of its own."""
     done = subprocess.run(
@@ -142,9 +206,9 @@ def in_process(call: str, *arguments: Any) -> Any:
     return json.loads(line.removeprefix(MARK))
 
 
-def show_prefill(tokens: int) -> None:
+def show_prefill(tokens: int, methods: Sequence[str]) -> None:
     """Print the table of ``prefill``."""
-    rows = in_process("prefill", tokens)
+    rows = in_process("prefill", tokens, ["all", *methods])
     print(f"prompt of {tokens} tokens, chunks of 512, fp16 pages of 128 tokens")
     print(f"{'':44}{'TTFT s':>8}{'x all':>8}{'most pages':>12}{'step ms':>9}{'x all':>8}")
     for method, seconds, most, step in rows:
@@ -168,9 +232,12 @@ def show_pool(requests: int) -> None:
 def main() -> None:
     """Run one of the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("table", choices=("prefill", "pool", "call"))
+    parser.add_argument("table", choices=("prefill", "pool", "heads", "call"))
     parser.add_argument("arguments", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=7000, help="prompt of `prefill`")
+    parser.add_argument(
+        "--method", action="append", help="of `prefill`, after `all`; all by default"
+    )
     parser.add_argument("--requests", type=int, default=160, help="requests of `pool`")
     options = parser.parse_args()
     calls: dict[str, Callable[..., Any]] = {"prefill": prefill, "pool": pool}
@@ -178,7 +245,9 @@ def main() -> None:
         name, *arguments = json.loads(options.arguments)
         print(MARK + json.dumps(calls[name](*arguments)))
     elif options.table == "prefill":
-        show_prefill(options.tokens)
+        show_prefill(options.tokens, options.method or PREFILL)
+    elif options.table == "heads":
+        show_heads()
     else:
         show_pool(options.requests)
 

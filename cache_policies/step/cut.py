@@ -10,12 +10,12 @@ import torch
 
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
-from cache_policies.step.heads import Division, Slots
+from cache_policies.step.heads import Division, Latest, Slots
 from cache_policies.step.mass import MassBuffer
 from cache_policies.step.merge import merge_values
 
 if TYPE_CHECKING:
-    from cache_policies.kernels.contract import Batch, Kernel
+    from cache_policies.kernels.contract import Batch, Kernel, Reads
     from cache_policies.pages.layout import PageLayout
     from cache_policies.retention.adaptive import Budgets
     from cache_policies.retention.base import Retention
@@ -45,6 +45,8 @@ class Layer:
         scale: factor of the attention scores.
         clock: adds up what is spent in it.
         mass: attention that was counted.
+        slots: the last slot map, of heads that own unequal numbers of pages.
+        reads: the last lists of their pages.
 
     """
 
@@ -57,6 +59,8 @@ class Layer:
     scale: float
     clock: Clock = field(default_factory=Clock)
     mass: MassBuffer = field(init=False)
+    slots: Latest[torch.Tensor] = field(default_factory=Latest)
+    reads: Latest[Reads] = field(default_factory=Latest)
 
     def __post_init__(self) -> None:
         self.mass = MassBuffer(self.heads, self.pages.device)
@@ -260,7 +264,7 @@ class Cuts:
         """Choose and rewrite in one layer, whose uneven requests are divided so."""
         if not self.cuts:
             return
-        source = self.source.given(divisions)
+        source = self.source.given(divisions, layer.slots)
         kept = [cut.choose(layer, source, tokens) for cut in self.cuts]
         start = self._start(tuple(k.index.shape[1] for k in kept))
         number, index = _beside([k.number for k in kept]), _beside([k.index for k in kept])
@@ -275,7 +279,8 @@ class Cuts:
                 value[:, done:end] = merged
             done = end
         pairs = ((cut.seq, one.division) for cut, one in zip(self.cuts, kept, strict=True))
-        target = self.target.given({seq: division for seq, division in pairs if division})
+        divided = {seq: division for seq, division in pairs if division}
+        target = self.target.given(divided, layer.slots)
         layer.kernel.write(layer.pages, target, index, key, value, start)
         for cut, one in zip(self.cuts, kept, strict=True):
             cut.remember(layer, one)

@@ -14,22 +14,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from cache_policies.kernels.contract import Reads
 from cache_policies.kernels.counts import beside
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cache_policies.kernels.contract import Batch
     from cache_policies.pages.plan import Plan
     from cache_policies.retention.adaptive import Budgets
 
+T = TypeVar("T")
 
-@dataclass
+
+@dataclass(frozen=True, eq=False)
 class Division:
-    """How the full pages of a request are divided among the heads of a layer.
+    """How the full pages of a request are divided among the heads of a layer; equal to itself only.
 
     Attributes:
         budgets: what the host knows of it.
@@ -39,7 +44,6 @@ class Division:
 
     budgets: Budgets
     pages: torch.Tensor
-    _reads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, budgets: Budgets, kept: torch.Tensor) -> Division:
@@ -86,19 +90,36 @@ class Division:
         number = torch.arange(self.budgets.most, device=self.pages.device)
         return number < (self.budgets.most - self.pages)[:, None]
 
-    def reads(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The store pages that each head has, of ``pages`` in its slot map.
 
-        Returns:
-            their numbers ``[1, num_kv_heads, pages]``, and how many of these ``[1, num_kv_heads]``,
-            both int32.
+@dataclass
+class Latest(Generic[T]):
+    """The value made last, kept while what it was made from stays the same."""
 
-        """
-        if pages not in self._reads:  # until the tail takes another page
-            first = (self.budgets.most - self.pages)[None, :, None].int()
-            each = first + torch.arange(pages, dtype=torch.int32, device=first.device)
-            self._reads = {pages: (each, pages - first[..., 0])}
-        return self._reads[pages]
+    _source: object = None
+    _value: T | None = None
+
+    def of(self, source: object, make: Callable[[], T]) -> T:
+        """What ``make`` returns, or returned when it was last called for an equal ``source``."""
+        if self._value is None or self._source != source:
+            self._source, self._value = source, make()
+        return self._value
+
+
+class Columns(NamedTuple):
+    """What the host knows of every request of a batch, beside its pages: ``[num_seqs]`` int32.
+
+    Attributes:
+        most: full pages of the longest head that a request could have; 0 where heads are even.
+        move: how far behind its own index in the row a tail page's index in the slot map is.
+        first: index in the row of the first full page, in heads' places.
+        stored: store pages of uneven requests, in the slot map.
+
+    """
+
+    most: torch.Tensor
+    move: torch.Tensor
+    first: torch.Tensor
+    stored: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -118,34 +139,92 @@ class Slots:
     heads: int
     uneven: dict[int, tuple[Budgets, int]] = field(default_factory=dict)
 
-    def given(self, divisions: dict[int, Division]) -> Batch:
-        """The batch of a layer in which the uneven requests are divided so."""
+    def given(self, divisions: dict[int, Division], latest: Latest[torch.Tensor]) -> Batch:
+        """The batch of a layer in which the uneven requests are divided so.
+
+        Args:
+            divisions: by request.
+            latest: the layer's last slot map, which changes only with the requests, at cuts and
+                where one takes another page.
+
+        """
         if not self.uneven:
             return self.batch
-        slots, ring = self._plain.clone(), self.plan.ring_pages
-        for seq, (budgets, row) in self.uneven.items():
-            span = slots[seq, :, ring : ring + budgets.most]
-            torch.add(divisions[seq].places, row * self.heads, out=span)
+        slots = latest.of((divisions, self._form), lambda: self._map(divisions))
         return self.batch.with_slots(slots)
+
+    def reads(self, divisions: dict[int, Division], latest: Latest[Reads]) -> Reads | None:
+        """The store pages that each head has; None where every head has all of them."""
+        if not self.uneven:
+            return None
+        source = divisions, self.batch.num_seqs, self._stored
+        return latest.of(source, lambda: self._lists(divisions))
+
+    def _map(self, divisions: dict[int, Division]) -> torch.Tensor:
+        """``[num_seqs, num_kv_heads, width]`` int32; see ``Batch.slots``."""
+        end = self._of_all(divisions).cumsum(1, dtype=torch.int32)[..., None]
+        # Where a head lacks a page this is the place of another head's, or of its own.
+        place = (end + self._behind[:, None]).clamp(min=0) + self._columns.first[:, None, None]
+        full = (self._behind < 0) & (self._index >= self.plan.ring_pages)
+        return torch.where(full[:, None], place, self._plain)
+
+    def _lists(self, divisions: dict[int, Division]) -> Reads:
+        """One list a request, of the pages that each head has."""
+        columns, device = self._columns, self._index.device
+        lacks = columns.most[:, None] - self._of_all(divisions)
+        number = torch.arange(max(self._stored.values()), dtype=torch.int32, device=device)
+        count = torch.where(columns.most[:, None] > 0, columns.stored[:, None] - lacks, -1)
+        first = torch.arange(self.batch.num_seqs, dtype=torch.int32, device=device)
+        return Reads(lacks[..., None] + number, count, first)
+
+    def _of_all(self, divisions: dict[int, Division]) -> torch.Tensor:
+        """``[num_seqs, num_kv_heads]`` int32, full pages of each head; 0 in even requests."""
+        none = torch.zeros(self.heads, dtype=torch.int64, device=self._index.device)
+        given = {seq: divisions[seq].pages for seq in self.uneven}
+        return torch.stack([given.get(seq, none) for seq in range(self.batch.num_seqs)]).int()
+
+    @cached_property
+    def _stored(self) -> dict[int, int]:
+        """Store pages of the uneven requests, in their slot maps."""
+        stored = self.batch.host.stored
+        return {seq: self.plan.store_pages(int(stored[seq])) for seq in self.uneven}
+
+    @cached_property
+    def _form(self) -> tuple[object, ...]:
+        """What a slot map follows from, beside the divisions."""
+        return self.batch.num_seqs, self.batch.block_table.shape[1], self._width, self.uneven
+
+    @cached_property
+    def _width(self) -> int:
+        """Row indices of a slot map."""
+        host = self.batch.host
+        pages = self.plan.store_pages(np.maximum(host.stored, host.stored_after))
+        return max(1, self.plan.ring_pages, int((host.store_row + pages).max()))
+
+    @cached_property
+    def _columns(self) -> Columns:
+        count = self.batch.num_seqs
+        host = np.zeros((4, count), dtype=np.int32)
+        for seq, (budgets, row) in self.uneven.items():
+            move = row + budgets.pages - self.plan.ring_pages - budgets.most
+            host[:, seq] = budgets.most, move, row * self.heads, self._stored[seq]
+        return Columns(*beside(list(torch.from_numpy(host)), self.batch.block_table.device))
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """``[width]`` int32: 0, 1, 2, ..."""
+        return torch.arange(self._width, dtype=torch.int32, device=self.batch.block_table.device)
+
+    @cached_property
+    def _behind(self) -> torch.Tensor:
+        """``[num_seqs, width]`` int32, how far behind a request's last full page an index is."""
+        return self._index - (self.plan.ring_pages + self._columns.most)[:, None]
 
     @cached_property
     def _plain(self) -> torch.Tensor:
         """``[num_seqs, num_kv_heads, width]`` int32: ring, tail and plain pages, of every head."""
-        own = torch.arange(self.heads, dtype=torch.int32, device=self._rows.device)
-        return self._rows[:, None] * self.heads + own[:, None]
-
-    @cached_property
-    def _rows(self) -> torch.Tensor:
-        """``[num_seqs, width]`` int32, index in the block table of ring, tail and plain pages."""
-        host, table, ring = self.batch.host, self.batch.block_table, self.plan.ring_pages
-        pages = self.plan.store_pages(np.maximum(host.stored, host.stored_after))
-        width = max(1, ring, int((host.store_row + pages).max()))
-        behind, move = np.full((2, self.batch.num_seqs), [[width], [0]], dtype=np.int32)
-        for seq, (budgets, row) in self.uneven.items():
-            behind[seq] = ring + budgets.most
-            move[seq] = row + budgets.pages - behind[seq]
-        counts = (torch.from_numpy(behind), torch.from_numpy(move))
-        behind_, move_ = (x[:, None] for x in beside(counts, table.device))
-        index = torch.arange(width, dtype=torch.int32, device=table.device)
+        moved = torch.where(self._behind < 0, 0, self._columns.move[:, None])
         # Beyond a request's own pages any place will do.
-        return torch.where(index < behind_, index, index + move_).clamp(max=table.shape[1] - 1)
+        rows = (self._index + moved).clamp(max=self.batch.block_table.shape[1] - 1)
+        own = torch.arange(self.heads, dtype=torch.int32, device=rows.device)
+        return rows[:, None] * self.heads + own[:, None]

@@ -88,10 +88,11 @@ class Step:
         """Attend, append and cut in one layer."""
         clock = layer.clock
         clock.start()
-        of_layer = self._of_layer(layer)
         divisions = self._divisions(layer)
-        batch, kernel, pages = of_layer.slots.given(divisions), layer.kernel, layer.pages
-        mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens, divisions)
+        of_layer = self._of_layer(layer, divisions)
+        slots, kernel, pages = of_layer.slots, layer.kernel, layer.pages
+        batch, own = slots.given(divisions, layer.slots), slots.reads(divisions, layer.reads)
+        mass, reads = self._mass(layer, of_layer), self._reads(layer, batch, tokens, own)
         kernel.attend(pages, batch, *tokens, output, mass, reads)
         self._note_prompt(layer, tokens)
         clock.lap("attend")
@@ -114,13 +115,13 @@ class Step:
 
     # ---- the batch of a layer
 
-    def _of_layer(self, layer: Layer) -> LayerStep:
+    def _of_layer(self, layer: Layer, divisions: dict[int, Division]) -> LayerStep:
         """Counts and cuts; layers in which every request keeps as much share them."""
         keeps = tuple(
             retention.kept(state.span.prompt, layer.index, layer.layers)
             for _, state, retention in self._evicting
         )
-        held = {seq: division.budgets for seq, division in self._divisions(layer).items()}
+        held = {seq: division.budgets for seq, division in divisions.items()}
         key = keeps, tuple(held.items()), layer.heads
         if key not in self._batches:
             self._batches[key] = self._make(keeps, held, layer.heads)
@@ -235,13 +236,9 @@ class Step:
 
     # ---- pages to be read
 
-    def _reads(
-        self, layer: Layer, batch: Batch, tokens: Tokens, divisions: dict[int, Division]
-    ) -> Reads | None:
+    def _reads(self, layer: Layer, batch: Batch, tokens: Tokens, own: Reads | None) -> Reads | None:
+        """Pages that requests choose, and those that uneven heads own, which choose none."""
         chosen = self._sparse(layer, batch, tokens)
-        for seq, division in divisions.items():
-            stored = int(batch.host.stored[seq])
-            chosen.append(Choice(seq, None, *division.reads(self.plan.store_pages(stored))))
         for seq, state, retrieval in self._retrieving:
             before = int(self.computed[seq])
             if before < state.span.prompt and not retrieval.bounded:
@@ -256,6 +253,12 @@ class Step:
             query = tokens.query[start:end].float().mean(0).unflatten(0, (layer.heads, -1))
             row = retrieval.choose(query, summary, middle, self.plan.store_pages(held))
             chosen.append(Choice(seq, None, row[None], row.shape[1]))
+        if not chosen:
+            return own
+        if own is not None:
+            lists = zip(own.pages.split(1), own.count.split(1), strict=True)
+            taken = {choice.seq for choice in chosen}
+            chosen += [Choice(q, None, *x) for q, x in enumerate(lists) if q not in taken]
         return reads_of(chosen, [self._fresh(seq) for seq in range(len(self.states))])
 
     def _sparse(self, layer: Layer, batch: Batch, tokens: Tokens) -> list[Choice]:

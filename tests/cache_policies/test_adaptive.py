@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from functools import cache, partial
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache_policies.errors import PolicyError
+from cache_policies.kernels.contract import Reads
 from cache_policies.kernels.cpu import CpuKernel
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.policy import parse_method
 from cache_policies.retention import retention_methods
 from cache_policies.retention.adaptive import SAFEGUARD, Budgets
 from cache_policies.retention.knorm import Knorm
+from cache_policies.step.heads import Latest
 from tests.cache_policies import oracles
 from tests.cache_policies.worker import (
     GROUP_ERROR,
@@ -32,6 +34,8 @@ from tests.cache_policies.worker import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cache_policies.kernels.contract import Kernel
 
 PROMPT, ANSWER, KEEP = 1300, 300, 450
@@ -255,6 +259,67 @@ def test_a_batch_with_others_equals_each_alone() -> None:
     for sequence in [*together, first]:
         worker.release(sequence)
     assert len(worker.free) == free
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a slot map or lists were made, by call; what is kept is compared with new ones."""
+    calls: list[bool] = []
+
+    def of(latest: Latest[Any], source: object, make: Callable[[], Any]) -> Any:
+        before, value = latest._value, kept_or_made(latest, source, make)
+        calls.append(value is not before)
+        new = make()
+        if isinstance(new, Reads):
+            assert (value.block, value.first.tolist()) == (new.block, new.first.tolist())
+            assert torch.equal(value.count, new.count)
+            there = torch.arange(new.pages.shape[2]) < new.count[..., None]
+            assert torch.equal(value.pages[there], new.pages[there])
+        else:
+            assert torch.equal(value, new)
+        return value
+
+    kept_or_made = Latest.of
+    monkeypatch.setattr(Latest, "of", of)
+    return calls
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), codec=st.sampled_from(["fp16", "kivi-4bit"]))
+def test_maps_kept_between_steps_are_those_of_the_step(
+    data: st.DataObject, codec: str, made: list[bool]
+) -> None:
+    """Requests of several methods come, go, cut, change places and sit out steps."""
+    methods = [*UNEVEN, *CUTTING, "all", "snapkv(budget=200)", "quest(topk=1)"]
+    made.clear()
+    worker, running = Worker(codec, pages=400), list[Sequence]()
+    for _ in range(data.draw(st.integers(3, 12))):
+        if len(running) < 2 or (len(running) < 4 and data.draw(st.booleans())):
+            prompt = data.draw(st.integers(100, PROMPT))
+            method = data.draw(st.sampled_from(methods))
+            running.append(worker.start(TEXT, method, prompt))
+            worker.step([(running[-1], prompt)])
+        elif data.draw(st.integers(0, 4)) == 0:
+            worker.release(running.pop(data.draw(st.integers(0, len(running) - 1))))
+        work = data.draw(st.permutations(running))[: data.draw(st.integers(1, len(running)))]
+        for _ in range(data.draw(st.integers(1, 25))):
+            if all(s.computed < len(TEXT.key) for s in work):
+                worker.step([(s, 1) for s in work])
+                running = [*work, *(s for s in running if s not in work)]
+
+
+def test_maps_are_made_at_cuts_and_where_a_page_is_taken(made: list[bool]) -> None:
+    worker = Worker("fp16")
+    sequences = [worker.start(_text(i), next(iter(UNEVEN)), PROMPT) for i in range(3)]
+    worker.step([(s, PROMPT) for s in sequences])
+    assert any(made)
+    made.clear()
+    for _ in range(ANSWER):
+        worker.step([(s, 1) for s in sequences])
+    assert len(made) == 2 * ANSWER
+    assert sum(made) <= 2 * (1 + ceil(ANSWER / PAGE))
 
 
 def test_heads_that_attend_alike_get_alike() -> None:

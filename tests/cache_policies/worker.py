@@ -12,7 +12,7 @@ from cache_policies.policy import parse, parse_method
 from cache_policies.policy.layouts import layouts
 from cache_policies.retention.rope import Rope
 from cache_policies.step.cut import Layer, Tokens
-from cache_policies.step.heads import Slots
+from cache_policies.step.heads import Latest, Slots
 from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.step.step import Step
 
@@ -118,12 +118,13 @@ class Worker:
             division = sequence.state.layers[self.layer.index].division
         step = Step(self.plan, np.array([0, 0], dtype=np.int32),
                     np.array([0], dtype=np.int32), [None], sequence.row[None])  # fmt: skip
-        batch = step._of_layer(self.layer).slots.batch
+        batch = step._of_layer(self.layer, {}).slots.batch
         count += division.budgets.lead if division else 0
         one = batch.one(0, held=count, stored=self.plan.stored(count),
                         store_row=self.plan.ring_pages if division else row)  # fmt: skip
         if division:
-            one = Slots(one, self.plan, KV_HEADS, {0: (division.budgets, row)}).given({0: division})
+            slots = Slots(one, self.plan, KV_HEADS, {0: (division.budgets, row)})
+            one = slots.given({0: division}, Latest())
         empty = torch.zeros(0, KV_HEADS, SIZE)
         return self.layer.kernel.read(self.layer.pages, one, empty, empty)
 
