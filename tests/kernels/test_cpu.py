@@ -151,8 +151,32 @@ def test_rounding_stays_under_a_tenth_of_the_codec(policy: str, fresh: int, isa:
     codec = (results[0] - truth).norm()
     added = (results[1] - results[0]).norm()
     assert added < 0.1 * codec
-    bfloat16 = isa == "avx512bf16" and policy != "int8"
+    bfloat16 = isa == "amx" or (isa == "avx512bf16" and policy != "int8")
     assert (added > 0) == (bfloat16 or (fresh == 1 and isa != "portable"))
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+@pytest.mark.parametrize("policy", ["raw", "fp16", "int8", "kivi(k_bits=8,v_bits=8)"])
+def test_prefill_over_many_bits_is_as_exact_as_floats(
+    policy: str, head_size: int, isa: str
+) -> None:
+    """Also where a float is the sum of two bfloat16 numbers; keys far from zero included."""
+    if policy.startswith("kivi") and head_size == 80:
+        policy = "kivi(k_bits=8,v_bits=8,group=16)"
+    setup = Setup.make(policy, head_size=head_size, heads=3, kv_heads=1)
+    setup.fill([300, 129])
+    batch = setup.batch([300, 129], [33, 70])
+    query, key, value = setup.tokens(103, seed=5)
+    key += 10 * torch.arange(head_size) % 7
+    outputs = [torch.empty_like(query) for _ in range(2)]
+    for kernel, output in zip(
+        (CpuKernel(setup.layout, setup.shape, isa=isa), ReferenceKernel(setup.layout, setup.shape)),
+        outputs,
+        strict=True,
+    ):
+        kernel.attend(setup.pages, batch, query, key, value, output)
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
 
 
 def test_queries_with_outlier_channels_keep_the_rounding_bound() -> None:

@@ -65,21 +65,23 @@ static void tile_values_from_codes(const Layout& l, const uint8_t* run, int firs
   });
 }
 
-// The query of row r sees the tile's first causal_from + r / heads_per_query + 1 tokens: a
-// negative number sees none, SEES_ALL is for tiles that lie before every query.
+// Scores [rows][TILE] of the query rows from `first` on become weights. The query of row r sees the
+// tile's first causal_from + r / heads_per_query + 1 tokens: a negative number sees none, SEES_ALL is
+// for tiles that lie before every query. Weights of others are zero up to the next multiple of 32.
 enum { SEES_ALL = 1 << 20 };
+static void weigh_rows(int count, int first, int rows, int d, Softmax* s, float* score, int causal_from, int heads_per_query) {
+  const int padded = (count + 31) & ~31;
+  for (int r = first; r < first + rows; r++, score += TILE) {
+    const int visible = min_int(count, causal_from + r / heads_per_query + 1);
+    if (visible > 0) softmax_row(s, r, d, score, visible);
+    for (int t = visible > 0 ? (visible + FW - 1) / FW * FW : 0; t < padded; t++) score[t] = 0.f;
+  }
+}
+
 static void attend_tile(const Tile& tile, int count, const float* query, int rows, int d, Softmax* s,
                         float* score, int causal_from, int heads_per_query) {
   const int padded = (count + FW - 1) / FW * FW;
   matmul<Float32, false>(rows, padded, d, query, d, tile.key, TILE, score, TILE);
-  for (int r = 0; r < rows; r++) {
-    const int visible = min_int(count, causal_from + r / heads_per_query + 1);
-    if (visible <= 0) {  // an earlier query sees nothing of this tile
-      memset(score + r * TILE, 0, sizeof(float) * TILE);
-      continue;
-    }
-    softmax_row(s, r, d, score + r * TILE, visible);
-    for (int t = (visible + FW - 1) / FW * FW; t < count; t++) score[r * TILE + t] = 0.f;
-  }
+  weigh_rows(count, 0, rows, d, s, score, causal_from, heads_per_query);
   matmul<Float32, true>(rows, d, count, score, TILE, tile.value, d, s->out, d);
 }
