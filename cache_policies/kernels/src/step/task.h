@@ -66,5 +66,5 @@ static int parts_of_rows(const Call& c, const KvRows& rows) {
 static void score_tile(const Call& c, int count, int rows, Scratch* x) {
   const int d = c.layout.head_size;
   if (splits_floats(c)) return bf16_scores(x->bf16, count, 0, rows, d, x->score);
-  matmul<Float32, false>(rows, (count + FW - 1) / FW * FW, d, x->query, d, x->tile.key, TILE, x->score, TILE);
+  matmul<Float32, false>(rows, (count + FW - 1) / FW * FW, d, x->query, d, x->tile.key, KEY_ROW, x->score, TILE);
 }

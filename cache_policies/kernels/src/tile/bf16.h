@@ -15,9 +15,8 @@ enum { PARTS = 2, ROWS_AT_ONCE = 32 };
 enum { PARTS = 1, ROWS_AT_ONCE = MAX_ROWS };
 #endif
 
-// Rows end with 64 bytes more than they hold, so that the rows of a matrix register are not all
-// kept by the same few sets of the first cache.
-enum { KEY_ROW = TILE + 16, WEIGHT_ROW = TILE + 32 };
+// Rows end with 64 bytes more than they hold, as in tile.h. A row of keys has two channels.
+enum { WEIGHT_ROW = TILE + 32 };
 KV_INLINE int value_row(int d) { return d + 16; }
 KV_INLINE int query_row(int d) { return ((d + 31) & ~31) + 32; }
 
@@ -100,7 +99,7 @@ static void pad_values(int d, int count, TileBf16* tile) {
 static void keys_to_bf16(const Tile& from, int d, int count, int parts, TileBf16* tile) {
   tile->parts = parts, tile->query_parts = PARTS;
   for (int c = 0; c < d; c += 2)
-    pairs_to_bf16(from.key + c * TILE, from.key + (c + 1) * TILE, (count + 15) & ~15, parts, tile->key[0] + c * KEY_ROW,
+    pairs_to_bf16(from.key + c * KEY_ROW, from.key + (c + 1) * KEY_ROW, (count + 15) & ~15, parts, tile->key[0] + c * KEY_ROW,
                   tile->key[PARTS - 1] + c * KEY_ROW);
   pad_keys(d, tile);
 }
