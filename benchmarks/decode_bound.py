@@ -5,8 +5,8 @@ Usage: ``python -m benchmarks.decode_bound [--isa avx2] [--policy kivi-4bit] [--
 Every instruction that a page of one KV head takes is counted by stepping through the kernel one by
 one, over one page and over two, and taking the difference. The counts are exact and the same in
 every run. ``objdump`` of GNU binutils says what the instructions are; ``Core`` says how many of a
-kind a core begins in a cycle at most; this core's clock is measured with a loop of known length.
-Dependencies, misses and branches are left out: the result is a lower bound of the time.
+kind a core begins in a cycle at most; the clock is measured with a loop of known length, between
+the rounds. Dependencies, misses and branches are left out: the result is a lower bound of the time.
 
 Prints, per shape, instruction set and policy: bytes, instructions and cycles of a token of one KV
 head, what the cycles are bounded by, milliseconds of a layer that follow from it and from memory
@@ -43,7 +43,11 @@ if TYPE_CHECKING:
 POLICIES = ("fp16", "int8", "kivi-4bit", "kivi-2bit", "rotated-4bit")
 ISAS = ("avx2", "avx512")
 SEQS, TOKENS = 8, 8192
-LOOP = bytes.fromhex("48ffcf 75fb c3")  # dec rdi; jnz back; ret: a turn is one cycle
+ADDITIONS = 100
+# add rax, rax, again and again, each of which waits for the one before it and takes a cycle; then
+# dec rdi; jnz back; ret
+LOOP = bytes.fromhex("4801c0") * ADDITIONS + bytes.fromhex("48ffcf 0f85")
+LOOP += (-len(LOOP) - 4).to_bytes(4, "little", signed=True) + b"\xc3"
 TRACE_ME, PEEK_USER, STEP = 0, 3, 9  # of ptrace
 INSTRUCTION_POINTER = 16 * 8  # in struct user
 
@@ -191,27 +195,34 @@ def bound(policy: str, shape: tuple[int, int, int], isa: str) -> Bound:
     return Bound(instructions / PAGE, {kind: taken[kind] / limits[kind] / PAGE for kind in limits})
 
 
-def clock() -> float:
-    """Cycles a second: the best of five loops of known length."""
-    memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    memory.write(LOOP)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    loop, turns, best = ctypes.CFUNCTYPE(None, ctypes.c_long)(address), 200_000_000, 0.0
-    for _ in range(5):
+class Clock:
+    """Measures the clock of the core that it runs on with a loop of known length."""
+
+    def __init__(self) -> None:
+        rights = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE, prot=rights)
+        self._memory.write(LOOP)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._loop = ctypes.CFUNCTYPE(None, ctypes.c_long)(address)
+
+    def hertz(self, turns: int = 100_000) -> float:
+        """Cycles a second, now."""
         begin = time.perf_counter()
-        loop(turns)
-        best = max(best, turns / (time.perf_counter() - begin))
-    return best
+        self._loop(turns)
+        return turns * ADDITIONS / (time.perf_counter() - begin)
 
 
-def seconds(layers: Ours, rounds: int) -> float:
-    """Median time of a layer."""
-    times = []
-    for _ in range(rounds + 1):
+def measured(layers: Ours, rounds: int) -> tuple[float, float]:
+    """Median seconds of a layer, and the clock between the rounds: it changes with the load."""
+    clock, times, clocks = Clock(), [], []
+    layers.step()
+    for _ in range(rounds):
+        clocks.append(clock.hertz())
         begin = time.perf_counter()
         layers.step()
         times.append((time.perf_counter() - begin) / LAYERS)
-    return statistics.median(times[1:])
+        clocks.append(clock.hertz())
+    return statistics.median(times), statistics.median(clocks)
 
 
 def main() -> None:
@@ -223,22 +234,20 @@ def main() -> None:
     parser.add_argument("--counts-only", action="store_true", help="nothing is timed")
     options = parser.parse_args()
     isas = options.isa or [isa for isa in ISAS if isa in supported_isas()]
-    hertz = speed = 1.0
+    speed = 1.0
     if not options.counts_only:
-        hertz, speed = clock(), bandwidth()
-        print(f"{torch.get_num_threads()} threads, {hertz / 1e9:.2f} GHz, {speed / 1e9:.1f} GB/s")
+        speed = bandwidth()
+        print(f"{torch.get_num_threads()} threads, read bandwidth {speed / 1e9:.1f} GB/s")
     for shape in SHAPES:
         print(f"\nshape (query heads, KV heads, head size) = {shape}; a token of one KV head:")
         print(f"{'':24}{'bytes':>7}{'instr.':>8}{'cycles':>8}  {'by':10}", end="")
-        print("" if options.counts_only else "ms bound  memory  measured  share")
+        print("" if options.counts_only else "  GHz    ms by cycles, by memory, measured  share")
         for isa in isas:
             for policy in options.policy or POLICIES:
-                show(policy, shape, isa, hertz, speed, 0 if options.counts_only else options.rounds)
+                show(policy, shape, isa, speed, 0 if options.counts_only else options.rounds)
 
 
-def show(
-    policy: str, shape: tuple[int, int, int], isa: str, hertz: float, speed: float, rounds: int
-) -> None:
+def show(policy: str, shape: tuple[int, int, int], isa: str, speed: float, rounds: int) -> None:
     """Print a row; rounds 0: without times."""
     found = bound(policy, shape, isa)
     cycles, tokens = found.cycles[found.by], SEQS * TOKENS * shape[1]
@@ -247,9 +256,10 @@ def show(
     row = f"{isa:8}{policy:16}{size:7.1f}{found.instructions:8.1f}{cycles:8.2f}  {found.by:10}"
     if rounds:
         layers = ours(policy, SEQS, TOKENS, 1, shape, torch.float32, isa)
+        took, hertz = measured(layers, rounds)
         computing = cycles * tokens / hertz / torch.get_num_threads()
-        reading, took = layers.page_bytes / speed, seconds(layers, rounds)
-        row += f"{computing * 1e3:8.2f}{reading * 1e3:8.2f}{took * 1e3:10.2f}"
+        reading = layers.page_bytes / speed
+        row += f"{hertz / 1e9:5.2f}{computing * 1e3:16.2f}{reading * 1e3:11.2f}{took * 1e3:10.2f}"
         row += f"{max(computing, reading) / took:7.0%}"
     print(row, flush=True)
 

@@ -13,6 +13,7 @@ import torch
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
+from cache_policies.kernels.contract import move_rows
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
@@ -21,7 +22,7 @@ from cache_policies.pages.codecs.packing import LANES
 from cache_policies.pages.codecs.plain import Raw
 
 if TYPE_CHECKING:
-    from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
+    from cache_policies.kernels.contract import Batch, Mass, Moves, Reads, Shape
     from cache_policies.pages.layout import PageLayout
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -193,17 +194,40 @@ class CpuKernel:
         for x in (key, value):
             _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
             _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
-        if self._groups_tokens:
-            counts = start.diff()
-            _require(bool(((counts == held) | (counts == 0)).all()), "write all tokens")
-            order = torch.arange(index.shape[1]) - start[:-1].repeat_interleave(counts)
-            lacks = (index < 0) & (order < batch.stored.repeat_interleave(counts))
-            _require(bool(((index == order) | lacks).all()), "write in order")
-            _require(self._are_first_pages(lacks, order), "write whole pages")
+        if self.layout.codec.groups_tokens:
+            self._check_order(index, start, batch.stored, held)
         self._layer.write(
             index.data_ptr(), start.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(),
             self.num_threads,
         )  # fmt: skip
+
+    def move(
+        self, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
+    ) -> None:
+        if not self.layout.codec.groups_tokens:
+            move_rows(self, pages, key, value, moves)
+            return
+        source, target, index, number = moves.source, moves.target, moves.index, moves.number
+        self._check_fresh(source, key, value)
+        fresh = source.query_start.diff() - source.appended
+        self._check_index(source, number, moves.start, source.stored + source.ring + fresh)
+        held = target.stored + target.ring
+        start = self._check_index(target, index, moves.start, held)
+        self._check_order(index, start, target.stored, held)
+        forwards = (number >= index) & ((number < 0) == (index < 0))
+        _require(bool(forwards.all()), "a token moves backwards")
+        self._set(pages, source)
+        self._layer.set_source()
+        self._set(pages, target)
+        self._layer.move(
+            *self._rows("key", key, self.shape.num_kv_heads),
+            *self._rows("value", value, self.shape.num_kv_heads),
+            index.data_ptr(),
+            number.data_ptr(),
+            start.data_ptr(),
+            index.shape[1],
+            self.num_threads,
+        )
 
     def _key_offset(self) -> int:
         offset = self.shape.key_offset  # lives as long as the kernel does
@@ -214,10 +238,16 @@ class CpuKernel:
         _require(offset.shape == wanted, f"key_offset: shape {tuple(offset.shape)}, not {wanted}")
         return int(offset.data_ptr())
 
-    @property
-    def _groups_tokens(self) -> bool:
-        codec = self.layout.codec
-        return isinstance(codec, AffineCodec) and codec.keys_per_channel
+    def _check_order(
+        self, index: torch.Tensor, start: torch.Tensor, stored: torch.Tensor, held: torch.Tensor
+    ) -> None:
+        """All tokens of each request in their order, but for first pages that a head lacks."""
+        counts = start.diff()
+        _require(bool(((counts == held) | (counts == 0)).all()), "write all tokens")
+        order = torch.arange(index.shape[1]) - start[:-1].repeat_interleave(counts)
+        lacks = (index < 0) & (order < stored.repeat_interleave(counts))
+        _require(bool(((index == order) | lacks).all()), "write in order")
+        _require(self._are_first_pages(lacks, order), "write whole pages")
 
     def _are_first_pages(self, lacks: torch.Tensor, order: torch.Tensor) -> bool:
         """Whether the tokens that a head lacks fill its first pages: none before, all of each."""

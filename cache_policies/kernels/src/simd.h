@@ -44,6 +44,12 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   const __m256i x = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
 }
+// eight codes: bits [shift, shift + bits) of four bytes at p and four at q
+KV_INLINE f8 f8_load_two_codes(const uint8_t* p, const uint8_t* q, int shift, int bits) {
+  const __m128i both = _mm_unpacklo_epi32(_mm_loadu_si32(p), _mm_loadu_si32(q));
+  const __m256i x = _mm256_srl_epi32(_mm256_cvtepu8_epi32(both), _mm_cvtsi32_si128(shift));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
+}
 // 4 times bit `shift` (lanes 0..3) or `shift` + 4 (lanes 4..7) of one of four words
 KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
   const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));

@@ -2,7 +2,7 @@
 //
 // Keys: q.k = sum_c q_c (code_c s_c + m_c). The vector q_c s_c (KIVI: per group of tokens;
 // FlexGen: q_c, with s per token outside) is rounded to 16 bit, for 2-bit codes to 8 bit. Codes are unsigned; counting them from their middle, whose
-// share is taken exactly, leaves only the rounding error times (code - mid).
+// share is taken exactly, leaves only the rounding error times (code - mid); at 16 bits KIVI's keys do without.
 //
 // Values: sum_t p_t (code_t s_t + m_t). The weights p_t s_t of 32 tokens are rounded to 8 bit
 // unsigned against their largest; codes are shifted to be signed, the shift going exactly
@@ -20,6 +20,7 @@ enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
 // of shifted codes. What no token has written is not read: it may hold a NaN.
 struct PageScales {
   alignas(32) float key_scale[MAX_PAGE / 32 * 256], key_min[MAX_PAGE / 32 * 256];
+  alignas(32) float key_top[256];  // KIVI: largest scale of a channel; channels are in the order of `order_row`
   alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
 };
 
@@ -38,12 +39,28 @@ static void load_affine(const uint8_t* scales, const uint8_t* minima, int count,
   for (; i < padded; i++) scale[i] = low[i] = 0.f;
 }
 
+// KIVI: the scales and minima of `groups` groups of tokens; the minima are those of codes counted from `mid`
+template <int BITS>
+static void load_channel_scales(const Layout& l, const uint8_t* run, int groups, float mid, PageScales* s) {
+  const int d = l.head_size;
+  order_halves<BITS>((const uint16_t*)(run + l.key_scale), groups * d, s->key_scale);
+  order_halves<BITS>((const uint16_t*)(run + l.key_min), groups * d, s->key_min);
+  for (int c = 0; c < d; c += FW) {
+    fw top = Wide::load(s->key_scale + c);
+    for (int i = c + d; BITS > 2 && i < groups * d; i += d) top = Wide::max(top, Wide::load(s->key_scale + i));
+    Wide::store(s->key_top + c, top);
+  }
+  for (int i = 0; mid > 0.f && i < groups * d; i += FW)
+    Wide::store(s->key_min + i, Wide::fma(Wide::load(s->key_scale + i), Wide::set(mid), Wide::load(s->key_min + i)));
+}
+
 static void load_page_scales(const Layout& l, const uint8_t* run, int count, PageScales* s) {
   const int n = l.page_tokens, padded = (count + 31) & ~31;
   const float key_mid = ((1 << l.k_bits) - 1) * 0.5f, value_mid = float(1 << (l.v_bits - 1));
   if (l.keys_per_channel) {
-    const int used = (count + l.group - 1) / l.group * l.head_size;
-    load_affine(run + l.key_scale, run + l.key_min, used, used, key_mid, s->key_scale, s->key_min);
+    const int groups = (count + l.group - 1) / l.group;
+    if (l.k_bits > 2) load_channel_scales<4>(l, run, groups, 0.f, s);
+    else load_channel_scales<2>(l, run, groups, key_mid, s);
   }
   for (int i = 0; i < l.head_size / l.group * n; i += n) {
     if (!l.keys_per_channel)
@@ -53,13 +70,38 @@ static void load_page_scales(const Layout& l, const uint8_t* run, int count, Pag
   }
 }
 
-// KIVI: every group of the page, eight at a time so that the horizontal sums are shared
+// KIVI at 16 bits: one unit for all groups of a page. Where their scales differ it is coarser than
+// a unit of each, and still far finer than the codes.
 template <int BITS>
-static void round_by_channel(const Layout& l, const PageScales& p, const float* q, int groups, int stride,
-                             RoundedQuery* out) {
+static void round_by_page(const Layout& l, const PageScales& p, const float* q, int groups, int stride, RoundedQuery* out) {
+  const int d = l.head_size;
+  alignas(64) float ordered[256], steps[256];
+  order_row<BITS>(q, d, ordered);
+  fw top = Wide::set(1e-30f);
+  for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(ordered + c)) * Wide::load(p.key_top + c));
+  const float largest = Wide::hmax(top);
+  for (int c = 0; c < d; c += FW) Wide::store(steps + c, Wide::load(ordered + c) * Wide::set(round_range<BITS>() / largest));
+  for (int i = 0; i < groups; i++, out += stride) {
+    const float *scale = p.key_scale + i * d, *low = p.key_min + i * d;
+    fw rest = Wide::set(0.f);
+#pragma GCC unroll 4
+    for (int c = 0; c < d; c += 16) {
+      round16<BITS>(steps, [=](int at) { return Wide::load(scale + at); }, c, out);
+#pragma GCC unroll 2
+      for (int j = c; j < c + 16; j += FW) rest = Wide::fma(Wide::load(ordered + j), Wide::load(low + j), rest);
+    }
+    out->unit = largest / round_range<BITS>();
+    out->offset = Wide::sum(rest);
+  }
+}
+
+// KIVI at 8 bits: every group of the page by itself, eight at a time so that the horizontal sums are shared
+template <int BITS>
+static void round_by_group(const Layout& l, const PageScales& p, const float* query, int groups, int stride, RoundedQuery* out) {
   const int d = l.head_size;
   const float mid = ((1 << BITS) - 1) * 0.5f;
-  alignas(64) float scaled[8][256];
+  alignas(64) float scaled[8][256], q[256];
+  order_row<BITS>(query, d, q);
   for (int first = 0; first < groups; first += 8) {
     const int n = min_int(8, groups - first);
     f8 top[8], extra[8], total[8];
@@ -82,7 +124,8 @@ static void round_by_channel(const Layout& l, const PageScales& p, const float* 
     for (int i = 0; i < n; i++) {
       i8v sum = _mm256_setzero_si256();
       RoundedQuery* r = out + (first + i) * stride;
-      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], inverse[i], c, r));
+      const fw by = Wide::set(inverse[i]);
+      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], [=](int) { return by; }, c, r));
       total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
     }
     f8_store(offset, f8_sum8(total));
@@ -92,18 +135,21 @@ static void round_by_channel(const Layout& l, const PageScales& p, const float* 
 
 // FlexGen: the query itself, with the sums of every group of channels
 template <int BITS>
-static void round_by_token(const Layout& l, const float* q, RoundedQuery* out) {
+static void round_by_token(const Layout& l, const float* query, RoundedQuery* out) {
   const float mid = ((1 << BITS) - 1) * 0.5f;
+  alignas(64) float q[256];
+  order_row<BITS>(query, l.head_size, q);
   f8 top = f8_zero();
   for (int c = 0; c < l.head_size; c += 8) top = f8_max(top, f8_abs(f8_load(q + c)));
   const float largest = f8_hmax(top) + 1e-30f;
+  const fw by = Wide::set(round_range<BITS>() / largest);
   out->unit = largest / round_range<BITS>();
   for (int g = 0; g < l.head_size / l.group; g++) {
     i8v sum = _mm256_setzero_si256();
     f8 exact = f8_zero();
     for (int c = g * l.group; c < (g + 1) * l.group; c += 8) exact = exact + f8_load(q + c);
     for (int c = g * l.group; c < (g + 1) * l.group; c += 16)
-      sum = _mm256_add_epi32(sum, round16<BITS>(q, round_range<BITS>() / largest, c, out));
+      sum = _mm256_add_epi32(sum, round16<BITS>(q, [=](int) { return by; }, c, out));
     out->sum[g] = f8_sum(exact);
     out->lost[g] = -f8_sum(_mm256_cvtepi32_ps(sum)) * out->unit * mid;
   }
@@ -141,18 +187,19 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
 }
 
 // vectors of accumulators a query head may have: as many as registers hold
-template <int GC>
-constexpr int code_vectors() { return FW == 16 ? (GC <= 3 ? 4 : 2) : GC <= 2 ? 4 : 2; }
+constexpr int code_vectors(int heads) { return FW == 16 ? (heads <= 3 ? 4 : 2) : heads <= 2 ? 4 : 2; }
 
 template <int BITS, int GC>
 static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* query,
                         float* score, Fetch* fetch) {
-  enum { NV = code_vectors<GC>() };
+  enum { NV = code_vectors(GC) };
   const int d = l.head_size, span_bytes = d * BITS * 4;
   RoundedQuery rq[MAX_ROUNDED * GC];
   for (int g = 0; g < GC; g++) {
-    if (l.keys_per_channel) round_by_channel<BITS>(l, p, query + g * d, (count + l.group - 1) / l.group, GC, rq + g);
-    else round_by_token<BITS>(l, query + g * d, rq + g);
+    const int groups = (count + l.group - 1) / l.group;
+    if (!l.keys_per_channel) round_by_token<BITS>(l, query + g * d, rq + g);
+    else if (BITS > 2) round_by_page<BITS>(l, p, query + g * d, groups, GC, rq + g);
+    else round_by_group<BITS>(l, p, query + g * d, groups, GC, rq + g);
   }
   for (int t = 0; t < count; t += 32) {
     const RoundedQuery* now = rq + (l.keys_per_channel ? t / l.group * GC : 0);
@@ -177,7 +224,9 @@ static void round_page_weights(const float* score, const float* scale, const flo
     for (int i = 0; i < 8; i++) top[i] = f8_zero();
     for (int i = 0; i < min_int(8, spans - s); i++) {
       fw most = Wide::set(0.f);
-      for (int t = (s + i) * 32; t < (s + i + 1) * 32; t += FW) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 32; j += FW) {
+        const int t = (s + i) * 32 + j;
         const fw weight = Wide::load(score + t), x = weight * Wide::load(scale + t);
         Wide::store(w + t, x);
         most = Wide::max(most, x);
@@ -221,7 +270,7 @@ KV_INLINE void mix_octets(const uint8_t* codes, int64_t octet_bytes, int spans, 
 template <int BITS, int GC>
 static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* score,
                       float* out, Fetch* fetch) {
-  enum { OC = code_vectors<GC>() };
+  enum { OC = code_vectors(GC) };
   const int d = l.head_size, n = l.page_tokens, spans = (count + 31) / 32;
   const int64_t octet_bytes = int64_t(n) * BITS;
   RoundedWeights rw[GC];
@@ -262,8 +311,8 @@ static bool has_integer_dot(const Layout& l) {
 }
 
 static void decode_codes(const Layout& l, const uint8_t* run, int count, const Query& q, Softmax* s, Fetch* fetch) {
-  const int spans = (count + 31) / 32, steps = spans + spans * l.head_size / 32;  // at least
-  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  const int spans = (count + 31) / 32, blocks = (q.heads + 3) / 4, vectors = code_vectors(min_int(4, q.heads));
+  fetch->spread(blocks * spans * (4 + l.head_size / 8) / vectors);  // or somewhat fewer
   PageScales p;
   load_page_scales(l, run, count, &p);
   for (int head = 0; head < q.heads;) {

@@ -126,7 +126,7 @@ static void decode_rows_group(const KvRows& rows, const float* query, int d, int
 
 static void decode_rows(const KvRows& rows, const Query& q, int d, Softmax* s, Fetch* fetch) {
   const int steps = d * rows.key.count / (FW * row_vectors<4>()) + rows.key.count;  // or somewhat fewer
-  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  fetch->spread(steps);
   for (int head = 0; head < q.heads;) {
     switch (min_int(4, q.heads - head)) {
       case 4: decode_rows_group<4>(rows, q.data, d, head, s, fetch); head += 4; break;
