@@ -199,28 +199,6 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Moves:
-    """Tokens of requests that go to other places of their rows.
-
-    Attributes:
-        source: the batch of ``Kernel.read``.
-        target: that of ``Kernel.write``. Its store pages are those of ``source`` of the same
-            request and head, at the same rows, or pages that hold none of ``source``'s tokens.
-        index: ``[num_kv_heads, count]`` int32, as for ``Kernel.write``.
-        number: same shape, the token of ``source`` that comes there: none moves backwards
-            (``number >= index``); below 0 where ``index`` is.
-        start: ``[num_seqs + 1]`` int32 on the host, as for ``Kernel.read``.
-
-    """
-
-    source: Batch
-    target: Batch
-    index: torch.Tensor
-    number: torch.Tensor
-    start: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Shape:
     """Shape of one attention layer.
 
@@ -370,28 +348,3 @@ class Kernel(Protocol):
             start: as for ``read``.
 
         """
-
-    def move(
-        self, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
-    ) -> None:
-        """``read`` tokens and ``write`` them to other places.
-
-        Tokens that share bytes of a page, where these are whole and stay together, keep these
-        bytes: no cut rounds them again. Others are decoded and encoded. A kernel may do without
-        that where a second rounding is all it costs.
-
-        Args:
-            pages: as for ``attend``, written.
-            key: the step's fresh keys.
-            value: the step's fresh values.
-            moves: what goes where.
-
-        """
-
-
-def move_rows(
-    kernel: Kernel, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
-) -> None:
-    """``Kernel.move`` by way of floats, without the promise of the same bytes."""
-    rows = kernel.read(pages, moves.source, key, value, moves.number, moves.start)
-    kernel.write(pages, moves.target, moves.index, *rows, moves.start)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cache_policies.kernels.contract import move_rows, sampled
+from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.kernels.moves import move_rows
 from cache_policies.pages.codecs.base import PAGE_STEP
 from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
-    from cache_policies.kernels.contract import Batch, Mass, Moves, Reads, Shape
+    from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
+    from cache_policies.kernels.moves import Moves
     from cache_policies.pages.layout import PageLayout
 
 

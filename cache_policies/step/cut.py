@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cache_policies.kernels.contract import Moves
+from cache_policies.kernels.moves import Moves, move
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
 from cache_policies.step.heads import Division, Slots
@@ -269,7 +269,7 @@ class Cuts:
         index, number = _beside([k.index for k in kept]), _beside([k.number for k in kept])
         moves = Moves(source, target, index, number, start)
         if layer.rewrites_all and self._only_moves:
-            layer.kernel.move(layer.pages, tokens.key, tokens.value, moves)
+            move(layer.kernel, layer.pages, tokens.key, tokens.value, moves)
         else:
             self._rewrite(layer, tokens, kept, moves)
         for cut, one in zip(self.cuts, kept, strict=True):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_policies.kernels.contract import Batch, Moves
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
+from cache_policies.kernels.moves import Moves
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.plan import Plan
 from tests.kernels.harness import Setup
+
+if TYPE_CHECKING:
+    from cache_policies.kernels.contract import Batch
 
 GROUPED = (
     "kivi-4bit", "kivi-2bit", "kivi(k_bits=2,v_bits=4)", "kivi(k_bits=8,v_bits=8)",
@@ -47,9 +51,7 @@ def _case(
     slots = torch.stack(places).int() if mapped else None
     kernel = ReferenceKernel(setup.layout, setup.shape)
     _, key, value = setup.tokens(sum(held), seed)
-    kernel.append(
-        setup.pages, replace(setup.batch([0] * seqs, held), slots=slots), key, value
-    )
+    kernel.append(setup.pages, replace(setup.batch([0] * seqs, held), slots=slots), key, value)
     before = replace(setup.batch(held, [FRESH] * seqs), slots=slots)
     _, key, value = setup.tokens(FRESH * seqs, seed + 1)
     if seed % 2:
@@ -57,7 +59,7 @@ def _case(
         before = before.after_append()
     else:
         before.appended.zero_()
-    numbers = [torch.stack([_kept(h + FRESH, rng) for _ in range(1)] * HEADS) for h in held]
+    numbers = [_kept(h + FRESH, rng).expand(HEADS, -1) for h in held]
     counts = torch.tensor([n.shape[1] for n in numbers], dtype=torch.int32)
     stored = torch.from_numpy(plan.stored(counts.numpy()))
     behind = before.store_row + 6  # where no token of the source is

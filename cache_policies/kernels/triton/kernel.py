@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cache_policies.errors import PolicyError
-from cache_policies.kernels.contract import move_rows
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.kernels.triton import plans
 from cache_policies.kernels.triton.device import attend as attending
@@ -22,7 +21,7 @@ from cache_policies.kernels.triton.tasks import tasks_of
 from cache_policies.pages.codecs.packing import PLANES
 
 if TYPE_CHECKING:
-    from cache_policies.kernels.contract import Batch, Mass, Moves, Reads, Shape
+    from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
     from cache_policies.kernels.triton.tasks import Tasks
     from cache_policies.pages.layout import PageLayout
 
@@ -165,11 +164,6 @@ class TritonKernel:
             if end > first:
                 part = slice(first, end)
                 self._write(pages, batch, seq, index[:, part], key[:, part], value[:, part])
-
-    def move(
-        self, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
-    ) -> None:
-        move_rows(self, pages, key, value, moves)
 
     def _write(
         self, pages: torch.Tensor, batch: Batch, seq: int, index: torch.Tensor,

@@ -14,7 +14,8 @@
 #if defined(__AVX2__)
 #include "codes/dots.h"
 
-enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
+// SCORES: between the rows of two heads; not a power of two, so that they do not meet in a cache
+enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32, SCORES = MAX_PAGE + 16 };
 
 // Scales and minima of a page in float32, converted once for all query heads; minima are those
 // of shifted codes. What no token has written is not read: it may hold a NaN.
@@ -71,46 +72,55 @@ static void load_page_scales(const Layout& l, const uint8_t* run, int count, Pag
 }
 
 // KIVI at 16 bits: one unit for all groups of a page. Where their scales differ it is coarser than
-// a unit of each, and still far finer than the codes.
-template <int BITS>
-static void round_by_page(const Layout& l, const PageScales& p, const float* q, int groups, int stride, RoundedQuery* out) {
+// a unit of each, and still far finer than the codes. Every step is taken for all heads at once, as
+// a head alone would wait for its own sums. out[groups][GC]
+template <int BITS, int GC>
+static void round_by_page(const Layout& l, const PageScales& p, const float* q, int groups, RoundedQuery* out) {
   const int d = l.head_size;
-  alignas(64) float ordered[256], steps[256];
-  order_row<BITS>(q, d, ordered);
-  fw top = Wide::set(1e-30f);
-  for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(ordered + c)) * Wide::load(p.key_top + c));
-  const float largest = Wide::hmax(top);
-  for (int c = 0; c < d; c += FW) Wide::store(steps + c, Wide::load(ordered + c) * Wide::set(round_range<BITS>() / largest));
-  for (int i = 0; i < groups; i++, out += stride) {
-    const float *scale = p.key_scale + i * d, *low = p.key_min + i * d;
-    fw rest = Wide::set(0.f);
+  alignas(64) float ordered[GC][256 + 16], steps[GC][256 + 16];
+  float unit[GC];
+  for (int g = 0; g < GC; g++) {
+    order_row<BITS>(q + g * d, d, ordered[g]);
+    fw top = Wide::set(1e-30f);
+    for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(ordered[g] + c)) * Wide::load(p.key_top + c));
+    unit[g] = Wide::hmax(top) * (1.f / round_range<BITS>());
+  }
+  for (int g = 0; g < GC; g++) {
+    const fw inverse = Wide::set(1.f / unit[g]);
+    for (int c = 0; c < d; c += FW) Wide::store(steps[g] + c, Wide::load(ordered[g] + c) * inverse);
+  }
+  const float *scale = p.key_scale, *low = p.key_min;
+  for (int i = 0; i < groups; i++, scale += d, low += d, out += GC) {
+    fw rest[GC];
+    for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f);
+    for (int c = 0; c < d; c += 16)
 #pragma GCC unroll 4
-    for (int c = 0; c < d; c += 16) {
-      round16<BITS>(steps, [=](int at) { return Wide::load(scale + at); }, c, out);
+      for (int g = 0; g < GC; g++) {
+        round16<BITS>(steps[g], [=](int at) { return Wide::load(scale + at); }, c, out + g);
 #pragma GCC unroll 2
-      for (int j = c; j < c + 16; j += FW) rest = Wide::fma(Wide::load(ordered + j), Wide::load(low + j), rest);
-    }
-    out->unit = largest / round_range<BITS>();
-    out->offset = Wide::sum(rest);
+        for (int j = c; j < c + 16; j += FW) rest[g] = Wide::fma(Wide::load(ordered[g] + j), Wide::load(low + j), rest[g]);
+      }
+    for (int g = 0; g < GC; g++) out[g].unit = unit[g], out[g].offset = Wide::sum(rest[g]);
   }
 }
 
-// KIVI at 8 bits: every group of the page by itself, eight at a time so that the horizontal sums are shared
-template <int BITS>
-static void round_by_group(const Layout& l, const PageScales& p, const float* query, int groups, int stride, RoundedQuery* out) {
+// KIVI at 8 bits: every group for every head by itself, eight of them at a time so that the
+// horizontal sums are shared
+template <int BITS, int GC>
+static void round_by_group(const Layout& l, const PageScales& p, const float* query, int groups, RoundedQuery* out) {
   const int d = l.head_size;
   const float mid = ((1 << BITS) - 1) * 0.5f;
-  alignas(64) float scaled[8][256], q[256];
-  order_row<BITS>(query, d, q);
-  for (int first = 0; first < groups; first += 8) {
-    const int n = min_int(8, groups - first);
+  alignas(64) float scaled[8][256 + 16], q[GC][256 + 16];
+  for (int g = 0; g < GC; g++) order_row<BITS>(query + g * d, d, q[g]);
+  for (int first = 0; first < groups * GC; first += 8, out += 8) {
+    const int n = min_int(8, groups * GC - first);
     f8 top[8], extra[8], total[8];
     for (int i = 0; i < 8; i++) top[i] = extra[i] = total[i] = f8_zero();
     for (int i = 0; i < n; i++) {
-      const float *scale = p.key_scale + (first + i) * d, *low = p.key_min + (first + i) * d;
+      const float *head = q[(first + i) % GC], *scale = p.key_scale + (first + i) / GC * d, *low = p.key_min + (first + i) / GC * d;
       fw most = Wide::set(0.f), rest = Wide::set(0.f);
       for (int c = 0; c < d; c += FW) {
-        const fw v = Wide::load(q + c), x = v * Wide::load(scale + c);
+        const fw v = Wide::load(head + c), x = v * Wide::load(scale + c);
         Wide::store(scaled[i] + c, x);
         most = Wide::max(most, Wide::abs(x));
         rest = Wide::fma(v, Wide::load(low + c), rest);
@@ -123,13 +133,12 @@ static void round_by_group(const Layout& l, const PageScales& p, const float* qu
     f8_store(unit, largest * f8_set(1.f / round_range<BITS>()));
     for (int i = 0; i < n; i++) {
       i8v sum = _mm256_setzero_si256();
-      RoundedQuery* r = out + (first + i) * stride;
       const fw by = Wide::set(inverse[i]);
-      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], [=](int) { return by; }, c, r));
+      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], [=](int) { return by; }, c, out + i));
       total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
     }
     f8_store(offset, f8_sum8(total));
-    for (int i = 0; i < n; i++) out[(first + i) * stride].unit = unit[i], out[(first + i) * stride].offset = offset[i];
+    for (int i = 0; i < n; i++) out[i].unit = unit[i], out[i].offset = offset[i];
   }
 }
 
@@ -164,7 +173,7 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
     dot_codes<BITS, GC, NV>(span, v, 0, l.head_size, rq, dot);
     for (int g = 0; g < GC; g++)
       for (int o = 0; o < NV; o++)
-        f8_store(score + g * MAX_PAGE + 8 * o,
+        f8_store(score + g * SCORES + 8 * o,
                  f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rq[g].unit), f8_set(rq[g].offset)));
     return;
   }
@@ -183,7 +192,7 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
     }
   }
   for (int g = 0; g < GC; g++)
-    for (int o = 0; o < NV; o++) f8_store(score + g * MAX_PAGE + 8 * o, sum[g][o]);
+    for (int o = 0; o < NV; o++) f8_store(score + g * SCORES + 8 * o, sum[g][o]);
 }
 
 // vectors of accumulators a query head may have: as many as registers hold
@@ -195,12 +204,10 @@ static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run
   enum { NV = code_vectors(GC) };
   const int d = l.head_size, span_bytes = d * BITS * 4;
   RoundedQuery rq[MAX_ROUNDED * GC];
-  for (int g = 0; g < GC; g++) {
-    const int groups = (count + l.group - 1) / l.group;
-    if (!l.keys_per_channel) round_by_token<BITS>(l, query + g * d, rq + g);
-    else if (BITS > 2) round_by_page<BITS>(l, p, query + g * d, groups, GC, rq + g);
-    else round_by_group<BITS>(l, p, query + g * d, groups, GC, rq + g);
-  }
+  const int groups = (count + l.group - 1) / l.group;
+  if (l.keys_per_channel && BITS > 2) round_by_page<BITS, GC>(l, p, query, groups, rq);
+  else if (l.keys_per_channel) round_by_group<BITS, GC>(l, p, query, groups, rq);
+  else for (int g = 0; g < GC; g++) round_by_token<BITS>(l, query + g * d, rq + g);
   for (int t = 0; t < count; t += 32) {
     const RoundedQuery* now = rq + (l.keys_per_channel ? t / l.group * GC : 0);
 #pragma GCC unroll 2
@@ -215,33 +222,40 @@ struct RoundedWeights {  // one query head, one group of channels, one page
   float offset;                               // sum of p_t m_t
 };
 
-static void round_page_weights(const float* score, const float* scale, const float* low, int spans,
-                               RoundedWeights* out) {
-  alignas(64) float w[MAX_PAGE];
-  fw rest = Wide::set(0.f);
-  for (int s = 0; s < spans; s += 8) {
-    f8 top[8];
-    for (int i = 0; i < 8; i++) top[i] = f8_zero();
-    for (int i = 0; i < min_int(8, spans - s); i++) {
-      fw most = Wide::set(0.f);
+// one group of channels of a page, for GC query heads; each step for all of them, as in `round_by_page`
+template <int GC>
+static void round_page_weights(const float* score, const float* scale, const float* low, int spans, RoundedWeights* out) {
+  alignas(64) float w[GC][8 * 32 + 16];
+  alignas(32) float inverse[GC][8];
+  fw rest[GC];
+  f8 top[GC][8];
+  for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f);
+  for (int s = 0; s < spans; s += 8, score += 256, scale += 256, low += 256) {
+    const int n = min_int(8, spans - s);
+    for (int i = 0; i < 8; i++) {
+      fw most[GC];
+      for (int g = 0; g < GC; g++) most[g] = Wide::set(0.f);
+      for (int t = i * 32; t < min_int(i + 1, n) * 32; t += FW) {
+        const fw by = Wide::load(scale + t), minimum = Wide::load(low + t);
 #pragma GCC unroll 4
-      for (int j = 0; j < 32; j += FW) {
-        const int t = (s + i) * 32 + j;
-        const fw weight = Wide::load(score + t), x = weight * Wide::load(scale + t);
-        Wide::store(w + t, x);
-        most = Wide::max(most, x);
-        rest = Wide::fma(weight, Wide::load(low + t), rest);
+        for (int g = 0; g < GC; g++) {
+          const fw weight = Wide::load(score + g * SCORES + t), x = weight * by;
+          Wide::store(w[g] + t, x);
+          most[g] = Wide::max(most[g], x);
+          rest[g] = Wide::fma(weight, minimum, rest[g]);
+        }
       }
-      top[i] = Wide::fold_max(most);
+      for (int g = 0; g < GC; g++) top[g][i] = Wide::fold_max(most[g]);
     }
-    const f8 largest = f8_max8(top) + f8_set(1e-30f);
-    alignas(32) float inverse[8];
-    f8_store(inverse, f8_set(255.f) / largest);
-    f8_store(out->unit + s, largest * f8_set(1.f / 255.f));
-    for (int i = 0; i < min_int(8, spans - s); i++)
-      round_weights(w + (s + i) * 32, inverse[i], out->w8 + (s + i) * 32);
+    for (int g = 0; g < GC; g++) {
+      const f8 largest = f8_max8(top[g]) + f8_set(1e-30f);
+      f8_store(inverse[g], f8_set(255.f) / largest);
+      f8_store(out[g].unit + s, largest * f8_set(1.f / 255.f));
+    }
+    for (int i = 0; i < n; i++)
+      for (int g = 0; g < GC; g++) round_weights(w[g] + i * 32, inverse[g][i], out[g].w8 + (s + i) * 32);
   }
-  out->offset = Wide::sum(rest);
+  for (int g = 0; g < GC; g++) out[g].offset = Wide::sum(rest[g]);
 }
 
 // channels [c, c + 8 OC) of a page, for GC query heads
@@ -275,8 +289,7 @@ static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, 
   const int64_t octet_bytes = int64_t(n) * BITS;
   RoundedWeights rw[GC];
   for (int group = 0; group < d / l.group; group++) {
-    for (int g = 0; g < GC; g++)
-      round_page_weights(score + g * MAX_PAGE, p.value_scale + group * n, p.value_min + group * n, spans, &rw[g]);
+    round_page_weights<GC>(score, p.value_scale + group * n, p.value_min + group * n, spans, rw);
     const int end = (group + 1) * l.group;
     int c = group * l.group;
     const uint8_t* codes = run + l.value;
@@ -291,14 +304,14 @@ template <int GC>
 static void decode_codes_group(const Layout& l, const PageScales& p, const uint8_t* run, int count,
                                const float* query, int head, Softmax* s, Fetch* fetch) {
   const int d = l.head_size;
-  alignas(32) float score[GC * MAX_PAGE];
+  alignas(32) float score[GC * SCORES];
   const float* q = query + head * d;
   if (l.k_bits == 2) score_codes<2, GC>(l, p, run, count, q, score, fetch);
   else if (l.k_bits == 3) score_codes<3, GC>(l, p, run, count, q, score, fetch);
   else score_codes<4, GC>(l, p, run, count, q, score, fetch);
+  softmax_rows<GC>(s, head, d, score, SCORES, count);
   for (int g = 0; g < GC; g++) {
-    softmax_row(s, head + g, d, score + g * MAX_PAGE, count);
-    for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * MAX_PAGE + t] = 0.f;
+    for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * SCORES + t] = 0.f;
   }
   if (l.v_bits == 2) mix_codes<2, GC>(l, p, run, count, score, s->out + head * d, fetch);
   else if (l.v_bits == 3) mix_codes<3, GC>(l, p, run, count, score, s->out + head * d, fetch);

@@ -110,7 +110,7 @@ static void decode_rows_as(const KvRows& rows, const float* query, int d, int he
   alignas(32) float score[GC * TILE];
   if (rows.octets) score_octets<T, GC>(rows, query + head * d, d, score, fetch);
   else score_rows<T, GC>(rows.key, query + head * d, d, score);
-  for (int g = 0; g < GC; g++) softmax_row(s, head + g, d, score + g * TILE, rows.key.count);
+  softmax_rows<GC>(s, head, d, score, TILE, rows.key.count);
   mix_rows<T, GC>(rows.value, score, d, s->out + head * d, fetch);
 }
 

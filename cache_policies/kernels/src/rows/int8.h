@@ -157,7 +157,7 @@ template <int GC>
 static void decode_int8_group(const KvRows& rows, const float* query, int d, int head, Softmax* s, Fetch* fetch) {
   alignas(64) float score[GC * TILE];
   score_int8<GC>(rows, query + head * d, d, score, fetch);
-  for (int g = 0; g < GC; g++) softmax_row(s, head + g, d, score + g * TILE, rows.key.count);
+  softmax_rows<GC>(s, head, d, score, TILE, rows.key.count);
   mix_int8<GC>(rows.value, score, d, s->out + head * d, fetch);
 }
 
