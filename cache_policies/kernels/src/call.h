@@ -139,6 +139,7 @@ struct Moved {
   const int32_t* start;  // [num_seqs + 1]
   int64_t count;
   float *key, *value;
+  const int32_t* number;  // of `move`: same shape as index, which token of the source comes there
 };
 
 struct Kernels {
@@ -147,6 +148,7 @@ struct Kernels {
   void (*append)(Call&);
   void (*read)(const Call&, const Moved&);
   void (*write)(Call&, const Moved&);  // the batch's counts are those after the write
+  bool (*move)(Call&, const Call&, const Moved&);  // after, and before; false: no memory
 };
 
 inline int64_t item_bytes(Dtype d) { return d == Dtype::f32 ? 4 : d == Dtype::s8 ? 1 : 2; }

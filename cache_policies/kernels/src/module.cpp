@@ -119,6 +119,9 @@ class Layer {
                         slot_row};
   }
 
+  // what was set is where the tokens of `move` are; a batch that is set next says where they go
+  void set_source() { source_ = call_.batch; }
+
   void set_pages(intptr_t pages, int64_t page_stride, int64_t head_stride) {
     call_.pages = address<uint8_t>(pages);
     call_.page_stride = page_stride;
@@ -169,10 +172,20 @@ class Layer {
     kernels_.write(call_, moved(index, start, count, key, value));
   }
 
+  void move(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, intptr_t index, intptr_t number,
+            intptr_t start, int64_t count, int num_threads) {
+    set_tensors(key, key_stride, value, value_stride, num_threads);
+    Call source = call_;
+    source.batch = source_;
+    Moved tokens = moved(index, start, count, 0, 0);
+    tokens.number = address<const int32_t>(number);
+    if (!kernels_.move(call_, source, tokens)) throw std::bad_alloc();
+  }
+
  private:
   static Moved moved(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value) {
     return {address<const int32_t>(index), address<const int32_t>(start), count, address<float>(key),
-            address<float>(value)};
+            address<float>(value), nullptr};
   }
 
   void set_tensors(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int threads) {
@@ -183,6 +196,7 @@ class Layer {
 
   const Kernels& kernels_;
   Call call_{};
+  Batch source_{};
 };
 
 Layout make_layout(int kind, int store_dtype, int ring_dtype, int head_size, int page_tokens,
@@ -213,11 +227,13 @@ NB_MODULE(_cpu, m) {
            "isa"_a, "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "soft_cap"_a,
            "sinks"_a, "rounding"_a, "key_offset"_a)
       .def("set_batch", &Layer::set_batch)
+      .def("set_source", &Layer::set_source)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
       .def("page_mass", &Layer::page_mass, nb::call_guard<nb::gil_scoped_release>())
       .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
-      .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());
+      .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>())
+      .def("move", &Layer::move, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -75,8 +75,12 @@ static void tile_values_from_codes(const Layout& l, const uint8_t* run, int firs
 // for tiles that lie before every query. Weights of others are zero up to the next multiple of 32.
 enum { SEES_ALL = 1 << 20 };
 static void weigh_rows(int count, int first, int rows, int d, Softmax* s, float* score, int causal_from, int heads_per_query) {
-  const int padded = (count + 31) & ~31;
-  for (int r = first; r < first + rows; r++, score += TILE) {
+  const int padded = (count + 31) & ~31, whole = causal_from >= count ? rows & ~3 : 0;
+  for (int r = 0; r < whole; r += 4) softmax_rows<4>(s, first + r, d, score + r * TILE, TILE, count);
+  for (int r = 0; r < whole; r++)
+    for (int t = (count + FW - 1) / FW * FW; t < padded; t++) score[r * TILE + t] = 0.f;
+  score += whole * TILE;
+  for (int r = first + whole; r < first + rows; r++, score += TILE) {
     const int visible = min_int(count, causal_from + r / heads_per_query + 1);
     if (visible > 0) softmax_row(s, r, d, score, visible);
     for (int t = visible > 0 ? (visible + FW - 1) / FW * FW : 0; t < padded; t++) score[t] = 0.f;
