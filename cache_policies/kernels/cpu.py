@@ -1,6 +1,6 @@
 """C++ kernels for CPUs: checks, then hands addresses to the extension module ``_cpu``.
 
-Instruction sets are chosen at run time (AVX-512 with VNNI, with or without bfloat16;
+Instruction sets are chosen at run time (AMX; AVX-512 with VNNI, with or without bfloat16;
 AVX2+FMA+F16C; portable). Threads are OpenMP's: in a process that imported torch, torch's own
 pool, hence vLLM's binding.
 """
@@ -44,8 +44,9 @@ class CpuKernel:
         shape: heads and scale of the layer.
         isa: instruction set; the best supported one by default.
         rounding: decode 2 and 4 bit pages by integer dot products, and prefill over them in
-            bfloat16 where the CPU has it. False dequantizes to float32 instead, to measure
-            the rounding that these add.
+            bfloat16 where the CPU has it; with AMX, prefill over other pages too, with floats as
+            sums of two bfloat16 numbers. False computes in float32 instead, to measure the
+            rounding that these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """

@@ -72,7 +72,7 @@ struct Call {
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes
   int num_threads;
-  bool rounding;  // false: 2 and 4 bit pages in float32 too, for measuring what the others add
+  bool rounding;  // false: all products in float32, for measuring what integers and bfloat16 add
   Mass mass;
   Reads reads;
 

@@ -15,7 +15,7 @@ enum { PARTS = 2, ROWS_AT_ONCE = 32 };
 enum { PARTS = 1, ROWS_AT_ONCE = MAX_ROWS };
 #endif
 
-// Rows end with 64 bytes more than they hold, as in tile.h. A row of keys has two channels.
+// Rows are 64 bytes longer than what they hold, as in tile.h. A row of keys is two channels.
 enum { WEIGHT_ROW = TILE + 32 };
 KV_INLINE int value_row(int d) { return d + 16; }
 KV_INLINE int query_row(int d) { return ((d + 31) & ~31) + 32; }

@@ -13,13 +13,13 @@
 
 enum { MAX_ROWS = 192 };
 
-// A row of keys ends with 64 bytes more than it holds: a column of rows whose distance is a power of
-// two has room in few sets of the first cache.
+// Rows at a distance that is a power of two share few sets of the first cache: 64 bytes more between
+// them, and a column of keys has room in it.
 enum { KEY_ROW = TILE + 16 };
 
 struct Tile {
   alignas(64) float key[256 * KEY_ROW];  // [channel][token]
-  alignas(64) float value[TILE * 256];  // [token][channel]
+  alignas(64) float value[TILE * 256];   // [token][channel]
 };
 
 static void tile_keys_from_octets(const KvRows& rows, int d, Tile* tile) {
