@@ -1,7 +1,8 @@
 """Attention of one layer: our kernels beside stock vLLM's CPU_ATTN, same shapes, same threads.
 
 Usage: ``python -m benchmarks.attention [--seqs 8] [--tokens 8192] [--rounds 15] [--isa avx2]
-[--dtype bfloat16]`` for decode, ``--seqs 1 --fresh 512`` for a chunk of a prompt.
+[--dtype bfloat16] [--policy kivi-4bit --policy rotated-4bit]`` for decode, ``--seqs 1 --fresh
+512`` for a chunk of a prompt.
 
 Prints, per shape and policy: median milliseconds of one layer, the ratio to stock vLLM with the
 same dtype of the model in the same rounds, billions of floating-point operations a second, the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Shape
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
+from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.layout import PageLayout
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import parse
@@ -29,10 +32,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SHAPES = ((9, 3, 64), (32, 8, 128))
-POLICIES = ("fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit")
+POLICIES = (
+    "fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit", "rotated-4bit", "rotated-3bit",
+)  # fmt: skip
 BUDGETED = ("fp16", "kivi-4bit")  # what decode costs once all but a budget is dropped
 PAGE = 128
 LAYERS = 4  # rotated, so that no layer's pages stay in the last-level cache
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A step of some layers with our kernel; each has pages of its own."""
+
+    kernel: CpuKernel
+    batch: Batch
+    pages: list[torch.Tensor]
+    fresh: tuple[torch.Tensor, ...]  # query, key, value, output
+    page_bytes: int  # that one layer reads
+
+    def step(self) -> None:
+        """Attend in every layer."""
+        for layer in self.pages:
+            self.kernel.attend(layer, self.batch, *self.fresh)
 
 
 def ours(
@@ -43,8 +64,10 @@ def ours(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     isa: str | None,
-) -> tuple[Callable[[], None], int]:
-    """A step of LAYERS layers, and the page bytes that one of them reads."""
+    layers: int = LAYERS,
+    threads: int = 0,
+) -> Ours:
+    """Random tokens under a policy; threads 0: as many as torch takes."""
     heads, kv_heads, head_size = shape
     layout = PageLayout(parse(policy).codec, head_size, PAGE, dtype)
     plan = Plan.of(layout)
@@ -54,21 +77,18 @@ def ours(
     page = torch.zeros(kv_heads, layout.head_bytes, dtype=torch.uint8)
     tokens_of_page = torch.randn(2, kv_heads, PAGE, head_size)
     layout.codec.write(layout.views(page), 0, *tokens_of_page)
-    pages = [page.repeat(count, 1, 1).contiguous() for _ in range(LAYERS)]
     table = torch.randperm(count).to(torch.int32).reshape(seqs, row)
     start = np.arange(seqs + 1, dtype=np.int32) * fresh
-    batch = Batch.of(plan, start, np.full(seqs, tokens, dtype=np.int32), table)
     query = torch.randn(seqs * fresh, heads, head_size).to(dtype)
     key, value = torch.randn(2, seqs * fresh, kv_heads, head_size).to(dtype)
-    output = torch.empty_like(query)
-    kernel = CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5), isa=isa)
-
-    def step() -> None:
-        for layer in pages:
-            kernel.attend(layer, batch, query, key, value, output)
-
     used = int(plan.store_pages(tokens)) * layout.head_bytes
-    return step, seqs * kv_heads * used
+    return Ours(
+        CpuKernel(layout, Shape(heads, kv_heads, head_size**-0.5), isa=isa, num_threads=threads),
+        Batch.of(plan, start, np.full(seqs, tokens, dtype=np.int32), table),
+        [page.repeat(count, 1, 1).contiguous() for _ in range(layers)],
+        (query, key, value, torch.empty_like(query)),
+        seqs * kv_heads * used,
+    )
 
 
 def stock(
@@ -151,6 +171,11 @@ def errors(
     return relative(results[0], full), relative(results[1], results[0])
 
 
+def _rounds(name: str) -> bool:
+    """Whether pages of a row's policy are multiplied as rounded integers."""
+    return "," not in name and isinstance(parse(name).codec, AffineCodec)
+
+
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -160,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--isa", choices=supported_isas(), help="of our kernels")
+    parser.add_argument("--policy", action="append", help="instead of the usual ones; repeatable")
     parser.add_argument(
         "--budget", type=int, default=1024, help="tokens kept by an evicting method"
     )
@@ -172,11 +198,13 @@ def main() -> None:
         stock_name, dtype = f"stock {options.dtype}", getattr(torch, options.dtype)
         steps = {stock_name: stock(seqs, tokens, fresh, shape, dtype)}
         reads = {stock_name: seqs * tokens * shape[1] * shape[2] * 2 * dtype.itemsize}
-        lengths = dict.fromkeys((stock_name, *POLICIES), tokens)
-        lengths.update({f"{policy}, {options.budget}": options.budget for policy in BUDGETED})
+        lengths = dict.fromkeys((stock_name, *(options.policy or POLICIES)), tokens)
+        budgeted = [policy for policy in BUDGETED if policy in lengths]
+        lengths.update({f"{policy}, {options.budget}": options.budget for policy in budgeted})
         for name, length in list(lengths.items())[1:]:
             policy = name.split(",", maxsplit=1)[0]
-            steps[name], reads[name] = ours(policy, seqs, length, fresh, shape, dtype, options.isa)
+            layers = ours(policy, seqs, length, fresh, shape, dtype, options.isa)
+            steps[name], reads[name] = layers.step, layers.page_bytes
         times: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()
@@ -200,7 +228,7 @@ def main() -> None:
             pairs = seqs * fresh * (lengths[name] + (fresh + 1) / 2)  # of a query and a key
             speed_of = 4 * pairs * shape[0] * shape[2] / median / 1e9
             codec = f"{'':>11}{'':>10}"
-            if name in ("flexgen-4bit", "kivi-4bit", "kivi-2bit"):
+            if name != stock_name and _rounds(name):
                 codec = "{:>11.4f}{:>10.4f}".format(*errors(name, shape, options.isa))
             ratio = f"{base / median:9.2f}{speed_of:9.1f}{bound:10.0%}"
             print(f"{name:16}{median * 1e3:10.2f}{ratio}{codec}")

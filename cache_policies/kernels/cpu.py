@@ -1,6 +1,6 @@
 """C++ kernels for CPUs: checks, then hands addresses to the extension module ``_cpu``.
 
-Instruction sets are chosen at run time (AVX-512 with VNNI, with or without bfloat16;
+Instruction sets are chosen at run time (AMX; AVX-512 with VNNI, with or without bfloat16;
 AVX2+FMA+F16C; portable). Threads are OpenMP's: in a process that imported torch, torch's own
 pool, hence vLLM's binding.
 """
@@ -14,6 +14,7 @@ import torch
 from cache_policies.errors import PolicyError
 from cache_policies.kernels import _cpu  # type: ignore[attr-defined]  # built from src/
 from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.kernels.moves import disorder, move_rows
 from cache_policies.pages.codecs import rotation
 from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.int8 import Int8
@@ -22,6 +23,7 @@ from cache_policies.pages.codecs.plain import Raw
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
+    from cache_policies.kernels.moves import Moves
     from cache_policies.pages.layout import PageLayout
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -42,8 +44,9 @@ class CpuKernel:
         shape: heads and scale of the layer.
         isa: instruction set; the best supported one by default.
         rounding: decode 2 and 4 bit pages by integer dot products, and prefill over them in
-            bfloat16 where the CPU has it. False dequantizes to float32 instead, to measure
-            the rounding that these add.
+            bfloat16 where the CPU has it; with AMX, prefill over other pages too, with floats as
+            sums of two bfloat16 numbers. False computes in float32 instead, to measure the
+            rounding that these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """
@@ -187,22 +190,39 @@ class CpuKernel:
         start: torch.Tensor | None = None,
     ) -> None:
         self._set(pages, batch)
-        held = batch.stored + batch.ring
-        start = self._check_index(batch, index, start, held)
+        start = self._check_index(batch, index, start, batch.stored + batch.ring)
         wanted = (*index.shape, self.layout.head_size)
         for x in (key, value):
             _require(x.dtype == torch.float32 and x.is_contiguous(), "write takes float32")
             _require(x.shape == wanted, f"write: shape {tuple(x.shape)} is not {wanted}")
-        if self._groups_tokens:
-            counts = start.diff()
-            _require(bool(((counts == held) | (counts == 0)).all()), "write all tokens")
-            order = torch.arange(index.shape[1]) - start[:-1].repeat_interleave(counts)
-            lacks = (index < 0) & (order < batch.stored.repeat_interleave(counts))
-            _require(bool(((index == order) | lacks).all()), "write in order")
-            _require(self._are_first_pages(lacks, order), "write whole pages")
+        if self.layout.codec.groups_tokens:
+            self._check_order(index, start, batch)
         self._layer.write(
             index.data_ptr(), start.data_ptr(), index.shape[1], key.data_ptr(), value.data_ptr(),
             self.num_threads,
+        )  # fmt: skip
+
+    def move(
+        self, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
+    ) -> None:
+        if not self.layout.codec.groups_tokens:
+            move_rows(self, pages, key, value, moves)
+            return
+        source, target, index, number = moves.source, moves.target, moves.index, moves.number
+        self._check_fresh(source, key, value)
+        fresh = source.query_start.diff() - source.appended
+        self._check_index(source, number, moves.start, source.stored + source.ring + fresh)
+        start = self._check_index(target, index, moves.start, target.stored + target.ring)
+        self._check_order(index, start, target)
+        forwards = (number >= index) & ((number < 0) == (index < 0))
+        _require(bool(forwards.all()), "a token moves backwards")
+        self._set(pages, source)
+        self._layer.set_source()
+        self._set(pages, target)
+        self._layer.move(
+            *self._rows("key", key, self.shape.num_kv_heads),
+            *self._rows("value", value, self.shape.num_kv_heads),
+            index.data_ptr(), number.data_ptr(), start.data_ptr(), index.shape[1], self.num_threads,
         )  # fmt: skip
 
     def _key_offset(self) -> int:
@@ -214,17 +234,9 @@ class CpuKernel:
         _require(offset.shape == wanted, f"key_offset: shape {tuple(offset.shape)}, not {wanted}")
         return int(offset.data_ptr())
 
-    @property
-    def _groups_tokens(self) -> bool:
-        codec = self.layout.codec
-        return isinstance(codec, AffineCodec) and codec.keys_per_channel
-
-    def _are_first_pages(self, lacks: torch.Tensor, order: torch.Tensor) -> bool:
-        """Whether the tokens that a head lacks fill its first pages: none before, all of each."""
-        follows = order % self.layout.page_tokens > 0
-        breaks = lacks[:, 1:] & ~lacks[:, :-1] & (order[1:] > 0)
-        splits = (lacks[:, 1:] != lacks[:, :-1]) & follows[1:]
-        return not bool((breaks | splits).any())
+    def _check_order(self, index: torch.Tensor, start: torch.Tensor, batch: Batch) -> None:
+        wrong = disorder(index, start, batch, self.layout.page_tokens)
+        _require(not wrong, wrong)
 
     def _check_index(
         self, batch: Batch, index: torch.Tensor, start: torch.Tensor | None, held: torch.Tensor

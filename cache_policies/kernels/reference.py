@@ -9,11 +9,14 @@ import torch
 
 from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
+from cache_policies.kernels.moves import move_rows
+from cache_policies.pages.codecs.base import PAGE_STEP
 from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
 
 if TYPE_CHECKING:
     from cache_policies.kernels.contract import Batch, Mass, Reads, Shape
+    from cache_policies.kernels.moves import Moves
     from cache_policies.pages.layout import PageLayout
 
 
@@ -133,6 +136,47 @@ class ReferenceKernel:
         for seq, (first, end) in enumerate(pairwise(ends)):
             if end > first:
                 self._replace(pages, batch, seq, index[:, first:end], new[:, first:end])
+
+    def move(
+        self, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
+    ) -> None:
+        before = pages.clone()
+        move_rows(self, pages, key, value, moves)
+        if not self.layout.codec.groups_tokens:
+            return
+        for seq, (first, end) in enumerate(pairwise(moves.start.tolist())):
+            for head, numbers in enumerate(moves.number[:, first:end]):
+                self._copy_units(before, pages, moves, (seq, head), numbers)
+
+    def _copy_units(
+        self,
+        before: torch.Tensor,
+        pages: torch.Tensor,
+        moves: Moves,
+        of: tuple[int, int],
+        numbers: torch.Tensor,
+    ) -> None:
+        """Give whole units of a request and head their bytes of before."""
+        codec, size = self.layout.codec, self.plan.page_tokens
+        unit = max(PAGE_STEP, codec.divisor)
+        for to in range(0, min(len(numbers), int(moves.target.stored[of[0]])), unit):
+            first = int(numbers[to])
+            there = torch.arange(first, first + unit)
+            ends = first + unit > int(moves.source.stored[of[0]])
+            if first < 0 or first % unit or ends or not torch.equal(numbers[to : to + unit], there):
+                continue
+            runs = [
+                x[self._run(batch, of, at // size)][None]
+                for x, batch, at in ((before, moves.source, first), (pages, moves.target, to))
+            ]
+            source, target = (self.layout.views(run) for run in runs)
+            codec.copy(source, first % size, target, to % size, unit)
+
+    def _run(self, batch: Batch, of: tuple[int, int], page: int) -> tuple[int, int]:
+        """Where the bytes of a request's head in a store page are."""
+        row = int(batch.store_row[of[0]]) + page
+        pages, places = _place(batch, of[0], row, self.shape.num_kv_heads)
+        return int(pages[of[1]]), int(places[of[1]])
 
     def _entered(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Keys and values ``[num_kv_heads, n, head_size]`` as they are stored, side by side."""

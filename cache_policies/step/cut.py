@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from cache_policies.kernels.moves import Moves, move
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
 from cache_policies.step.heads import Division, Latest, Slots
@@ -266,24 +267,42 @@ class Cuts:
             return
         source = self.source.given(divisions, layer.slots)
         kept = [cut.choose(layer, source, tokens) for cut in self.cuts]
+        pairs = ((cut.seq, one.division) for cut, one in zip(self.cuts, kept, strict=True))
+        divided = {seq: division for seq, division in pairs if division}
+        target = self.target.given(divided, layer.slots)
         start = self._start(tuple(k.index.shape[1] for k in kept))
-        number, index = _beside([k.number for k in kept]), _beside([k.index for k in kept])
-        key, value = layer.kernel.read(layer.pages, source, tokens.key, tokens.value, number, start)
+        index, number = _beside([k.index for k in kept]), _beside([k.number for k in kept])
+        moves = Moves(source, target, index, number, start)
+        if layer.rewrites_all and self._only_moves:
+            move(layer.kernel, layer.pages, tokens.key, tokens.value, moves)
+        else:
+            self._rewrite(layer, tokens, kept, moves)
+        for cut, one in zip(self.cuts, kept, strict=True):
+            cut.remember(layer, one)
+
+    @property
+    def _only_moves(self) -> bool:
+        """Whether no token changes, and each goes forwards in pages of its own head."""
+        if self.source.uneven or self.target.uneven:
+            return False
+        changes = (cut.retention.rotates or cut.retention.merges for cut in self.cuts)
+        return not any(changes)
+
+    def _rewrite(self, layer: Layer, tokens: Tokens, kept: list[Kept], moves: Moves) -> None:
+        """Move tokens by way of floats, some of which change."""
+        key, value = layer.kernel.read(
+            layer.pages, moves.source, tokens.key, tokens.value, moves.number, moves.start
+        )
         done = 0
         for cut, one in zip(self.cuts, kept, strict=True):
             if cut.retention.rotates:
                 cut.move_sinks(layer, key[:, done:])
             end = done + one.index.shape[1]
-            merged = cut.merge(layer, source, tokens, one)
+            merged = cut.merge(layer, moves.source, tokens, one)
             if merged is not None:
                 value[:, done:end] = merged
             done = end
-        pairs = ((cut.seq, one.division) for cut, one in zip(self.cuts, kept, strict=True))
-        divided = {seq: division for seq, division in pairs if division}
-        target = self.target.given(divided, layer.slots)
-        layer.kernel.write(layer.pages, target, index, key, value, start)
-        for cut, one in zip(self.cuts, kept, strict=True):
-            cut.remember(layer, one)
+        layer.kernel.write(layer.pages, moves.target, moves.index, key, value, moves.start)
 
     def _start(self, widths: tuple[int, ...]) -> torch.Tensor:
         """Where the tokens of every request of the batch begin; layers share it."""

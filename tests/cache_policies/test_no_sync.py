@@ -134,6 +134,10 @@ class OwnBusiness(CpuKernel):
         with paused():
             super().write(*args)
 
+    def move(self, *args: Any) -> None:
+        with paused():
+            super().move(*args)
+
 
 @pytest.mark.parametrize(
     "wait",

@@ -137,8 +137,61 @@ def test_rounding_stays_under_a_tenth_of_the_codec(policy: str, fresh: int, isa:
     codec = (results[0] - truth).norm()
     added = (results[1] - results[0]).norm()
     assert added < 0.1 * codec
-    bfloat16 = isa == "avx512bf16" and policy != "int8"
+    bfloat16 = isa == "amx" or (isa == "avx512bf16" and policy != "int8")
     assert (added > 0) == (bfloat16 or (fresh == 1 and isa != "portable"))
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+@pytest.mark.parametrize("policy", ["raw", "fp16", "int8", "kivi(k_bits=8,v_bits=8)"])
+def test_prefill_over_many_bits_is_as_exact_as_floats(
+    policy: str, head_size: int, isa: str
+) -> None:
+    """Also where a float is the sum of two bfloat16 numbers; keys far from zero included."""
+    if policy.startswith("kivi") and head_size == 80:
+        policy = "kivi(k_bits=8,v_bits=8,group=16)"
+    setup = Setup.make(policy, head_size=head_size, heads=3, kv_heads=1)
+    setup.fill([300, 129])
+    batch = setup.batch([300, 129], [33, 70])
+    query, key, value = setup.tokens(103, seed=5)
+    key += 10 * torch.arange(head_size) % 7
+    outputs = [torch.empty_like(query) for _ in range(2)]
+    for kernel, output in zip(
+        (CpuKernel(setup.layout, setup.shape, isa=isa), ReferenceKernel(setup.layout, setup.shape)),
+        outputs,
+        strict=True,
+    ):
+        kernel.attend(setup.pages, batch, query, key, value, output)
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("factor", [3.0, 30.0, 300.0])
+def test_groups_of_unlike_scales_share_a_page(isa: str, factor: float) -> None:
+    """A query is rounded in one unit for all groups of a page: tokens of small keys would feel it.
+
+    The large ones get no attention, by their first channel, so that nothing else is in the output.
+    """
+    setup = Setup.make("kivi-4bit", seqs=1, heads=9, kv_heads=3, max_tokens=1100)
+    query, key, value = setup.tokens(1024, seed=1)
+    large = torch.arange(1024) % 128 < 32  # the first group of every page
+    key[large] *= factor
+    key[large, :, 0], query[:, :, 0] = -300.0, 1.0
+    kernel = ReferenceKernel(setup.layout, setup.shape)
+    kernel.append(setup.pages, setup.batch([0], [1024]), key, value)
+    batch, outputs = setup.batch([1024], [1]), []
+    for rounding in (False, True):
+        output = torch.empty_like(query[:1])
+        CpuKernel(setup.layout, setup.shape, isa=isa, rounding=rounding).attend(
+            setup.pages, batch, query[:1], key[-1:], value[-1:], output
+        )
+        outputs.append(output)
+    raw = Setup.make("raw", seqs=1, heads=9, kv_heads=3, max_tokens=1100)
+    exact = ReferenceKernel(raw.layout, raw.shape)
+    exact.append(raw.pages, raw.batch([0], [1024]), key, value)
+    truth = torch.empty_like(outputs[0])
+    exact.attend(raw.pages, raw.batch([1024], [1]), query[:1], key[-1:], value[-1:], truth)
+    assert (outputs[1] - outputs[0]).norm() < 0.1 * (outputs[0] - truth).norm()
 
 
 def test_queries_with_outlier_channels_keep_the_rounding_bound() -> None:

@@ -72,7 +72,7 @@ struct Call {
   uint8_t* pages;
   int64_t page_stride, head_stride;  // bytes
   int num_threads;
-  bool rounding;  // false: 2 and 4 bit pages in float32 too, for measuring what the others add
+  bool rounding;  // false: all products in float32, for measuring what integers and bfloat16 add
   Mass mass;
   Reads reads;
 
@@ -139,6 +139,7 @@ struct Moved {
   const int32_t* start;  // [num_seqs + 1]
   int64_t count;
   float *key, *value;
+  const int32_t* number;  // of `move`: same shape as index, which token of the source comes there
 };
 
 struct Kernels {
@@ -147,6 +148,7 @@ struct Kernels {
   void (*append)(Call&);
   void (*read)(const Call&, const Moved&);
   void (*write)(Call&, const Moved&);  // the batch's counts are those after the write
+  bool (*move)(Call&, const Call&, const Moved&);  // after, and before; false: no memory
 };
 
 inline int64_t item_bytes(Dtype d) { return d == Dtype::f32 ? 4 : d == Dtype::s8 ? 1 : 2; }

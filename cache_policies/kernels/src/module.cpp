@@ -4,6 +4,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <omp.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <new>
 #include <stdexcept>
@@ -17,10 +24,26 @@ namespace nb = nanobind;
 namespace kvthrift {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Whether the CPU has AMX with bfloat16, and the system lets this process use it: Linux saves its
+// registers only for processes that have asked.
+bool may_use_amx() {
+  const unsigned bf16 = 1u << 22, tile = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16) == 0 || (d & tile) == 0) return false;
+#if defined(__linux__)
+  const int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<std::string> supported() {
   std::vector<std::string> names;
@@ -31,8 +54,13 @@ std::vector<std::string> supported() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) names.push_back("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // Intel's `vdpbf16ps` is slower than its multiplication of floats, AMD's is twice as fast.
+  const bool slow_bf16 = __builtin_cpu_is("intel");
+  if (bf16 && may_use_amx()) names.push_back("amx");
+  if (bf16 && !slow_bf16) names.push_back("avx512bf16");
   if (avx512) names.push_back("avx512");
+  if (bf16 && slow_bf16) names.push_back("avx512bf16");
   if (avx2) names.push_back("avx2");
 #endif
   names.push_back("portable");
@@ -41,6 +69,7 @@ std::vector<std::string> supported() {
 
 const Kernels& table(const std::string& name) {
 #if defined(__x86_64__)
+  if (name == "amx" && may_use_amx()) return kernels_amx;
   if (name == "avx512bf16") return kernels_avx512bf16;
   if (name == "avx512") return kernels_avx512;
   if (name == "avx2") return kernels_avx2;
@@ -89,6 +118,9 @@ class Layer {
                         address<const int32_t>(slots),
                         slot_row};
   }
+
+  // what was set is where the tokens of `move` are; a batch that is set next says where they go
+  void set_source() { source_ = call_.batch; }
 
   void set_pages(intptr_t pages, int64_t page_stride, int64_t head_stride) {
     call_.pages = address<uint8_t>(pages);
@@ -140,10 +172,20 @@ class Layer {
     kernels_.write(call_, moved(index, start, count, key, value));
   }
 
+  void move(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, intptr_t index, intptr_t number,
+            intptr_t start, int64_t count, int num_threads) {
+    set_tensors(key, key_stride, value, value_stride, num_threads);
+    Call source = call_;
+    source.batch = source_;
+    Moved tokens = moved(index, start, count, 0, 0);
+    tokens.number = address<const int32_t>(number);
+    if (!kernels_.move(call_, source, tokens)) throw std::bad_alloc();
+  }
+
  private:
   static Moved moved(intptr_t index, intptr_t start, int64_t count, intptr_t key, intptr_t value) {
     return {address<const int32_t>(index), address<const int32_t>(start), count, address<float>(key),
-            address<float>(value)};
+            address<float>(value), nullptr};
   }
 
   void set_tensors(intptr_t key, int64_t key_stride, intptr_t value, int64_t value_stride, int threads) {
@@ -154,6 +196,7 @@ class Layer {
 
   const Kernels& kernels_;
   Call call_{};
+  Batch source_{};
 };
 
 Layout make_layout(int kind, int store_dtype, int ring_dtype, int head_size, int page_tokens,
@@ -184,11 +227,13 @@ NB_MODULE(_cpu, m) {
            "isa"_a, "layout"_a, "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "scale"_a, "soft_cap"_a,
            "sinks"_a, "rounding"_a, "key_offset"_a)
       .def("set_batch", &Layer::set_batch)
+      .def("set_source", &Layer::set_source)
       .def("set_pages", &Layer::set_pages)
       .def("set_options", &Layer::set_options)
       .def("attend", &Layer::attend, nb::call_guard<nb::gil_scoped_release>())
       .def("page_mass", &Layer::page_mass, nb::call_guard<nb::gil_scoped_release>())
       .def("append", &Layer::append, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &Layer::read, nb::call_guard<nb::gil_scoped_release>())
-      .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>());
+      .def("write", &Layer::write, nb::call_guard<nb::gil_scoped_release>())
+      .def("move", &Layer::move, nb::call_guard<nb::gil_scoped_release>());
 }

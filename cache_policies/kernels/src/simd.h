@@ -44,6 +44,12 @@ KV_INLINE f8 f8_load_codes(const uint8_t* p, int shift, int bits) {
   const __m256i x = _mm256_srl_epi32(v, _mm_cvtsi32_si128(shift));
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
 }
+// eight codes: bits [shift, shift + bits) of four bytes at p and four at q
+KV_INLINE f8 f8_load_two_codes(const uint8_t* p, const uint8_t* q, int shift, int bits) {
+  const __m128i both = _mm_unpacklo_epi32(_mm_loadu_si32(p), _mm_loadu_si32(q));
+  const __m256i x = _mm256_srl_epi32(_mm256_cvtepu8_epi32(both), _mm_cvtsi32_si128(shift));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)));
+}
 // 4 times bit `shift` (lanes 0..3) or `shift` + 4 (lanes 4..7) of one of four words
 KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
   const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
@@ -61,10 +67,7 @@ KV_INLINE float f8_hmax(f8 v) {
   a = _mm_max_ps(a, _mm_movehl_ps(a, a));
   return _mm_cvtss_f32(_mm_max_ss(a, _mm_shuffle_ps(a, a, 1)));
 }
-KV_INLINE f8 f8_pow2(f8 r) {  // r holds whole numbers in [-126, 127]
-  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(r), _mm256_set1_epi32(127));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
-}
+KV_INLINE f8 f8_exponent(f8 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 KV_INLINE f8 f8_round(f8 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 KV_INLINE void f8_transpose(f8 r[8]) {
   f8 a[8], b[8];
@@ -162,12 +165,12 @@ KV_INLINE f8 f8_load_high(const uint8_t* p, int shift) {
 }
 KV_INLINE float f8_sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 KV_INLINE float f8_hmax(f8 v) { float m = v[0]; for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m; return m; }
-KV_INLINE f8 f8_round(f8 a) { for (int i = 0; i < 8; i++) a[i] = rintf(a[i]); return a; }
-KV_INLINE f8 f8_pow2(f8 r) {
-  const i8x e = (__builtin_convertvector(r, i8x) + 127) << 23;
-  f8 v;
-  memcpy(&v, &e, 32);
-  return v;
+KV_INLINE f8 f8_exponent(f8 x) {
+  i8x bits;
+  memcpy(&bits, &x, 32);
+  bits <<= 23;
+  memcpy(&x, &bits, 32);
+  return x;
 }
 KV_INLINE void f8_transpose(f8 r[8]) {
   for (int i = 0; i < 8; i++)
@@ -185,8 +188,8 @@ struct Lanes8 {
   KV_INLINE void store(float* p, f8 v) { f8_store(p, v); }
   KV_INLINE f8 fma(f8 a, f8 b, f8 c) { return f8_fma(a, b, c); }
   KV_INLINE f8 max(f8 a, f8 b) { return f8_max(a, b); }
-  KV_INLINE f8 round(f8 a) { return f8_round(a); }
-  KV_INLINE f8 pow2(f8 a) { return f8_pow2(a); }
+  // the lowest nine bits, as the sign and exponent of a float
+  KV_INLINE f8 exponent(f8 a) { return f8_exponent(a); }
   KV_INLINE float sum(f8 a) { return f8_sum(a); }
   KV_INLINE float hmax(f8 a) { return f8_hmax(a); }
   KV_INLINE f8 load_f16(const uint16_t* p) { return f8_load_f16(p); }
@@ -212,11 +215,7 @@ struct Lanes16 {
   KV_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   KV_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   KV_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  KV_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  KV_INLINE Vec pow2(Vec r) {
-    const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(r), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
-  }
+  KV_INLINE Vec exponent(Vec a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
   KV_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   KV_INLINE float hmax(Vec v) { return _mm512_reduce_max_ps(v); }
   KV_INLINE f8 fold_sum(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
@@ -250,18 +249,19 @@ typedef Wide::Vec fw;
 enum { FW = Wide::N };
 static const float LOG2_E = 1.44269504088896341f;
 
-// 2^x, relative error below 3e-7 on [-126, 0]; smaller arguments give about 1e-38
+// 2^x, relative error below 3e-7 on [-126, 127]; smaller arguments give about 1e-38. The polynomial is
+// the best of its degree on [-0.5, 0.5] with 2^0 = 1.
 KV_INLINE fw fw_exp2(fw x) {
   x = Wide::max(x, Wide::set(-126.f));
-  const fw r = Wide::round(x), t = x - r;  // t in [-0.5, 0.5]
-  fw p = Wide::set(1.5403530393e-4f);
-  p = Wide::fma(p, t, Wide::set(1.3333558146e-3f));
-  p = Wide::fma(p, t, Wide::set(9.6181291076e-3f));
-  p = Wide::fma(p, t, Wide::set(5.5504108665e-2f));
-  p = Wide::fma(p, t, Wide::set(2.4022650696e-1f));
-  p = Wide::fma(p, t, Wide::set(6.9314718056e-1f));
+  // So large a float has no room for a fraction: its lowest bits are 127 and the nearest whole number.
+  const fw near = Wide::set(12582912.f + 127.f), whole = x + near, t = x - (whole - near);
+  fw p = Wide::set(1.32647271e-3f);
+  p = Wide::fma(p, t, Wide::set(9.67151264e-3f));
+  p = Wide::fma(p, t, Wide::set(5.55073374e-2f));
+  p = Wide::fma(p, t, Wide::set(2.40222421e-1f));
+  p = Wide::fma(p, t, Wide::set(6.93146978e-1f));
   p = Wide::fma(p, t, Wide::set(1.f));
-  return p * Wide::pow2(r);
+  return p * Wide::exponent(whole);
 }
 
 KV_INLINE int min_int(int a, int b) { return a < b ? a : b; }

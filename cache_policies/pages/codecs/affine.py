@@ -36,6 +36,10 @@ class AffineCodec(Codec):
         """True: key groups run over tokens. False: over channels, like value groups."""
 
     @property
+    def groups_tokens(self) -> bool:
+        return self.keys_per_channel
+
+    @property
     def takes_key_offset(self) -> bool:
         return not self.keys_per_channel  # the minimum of a channel is one
 
@@ -108,3 +112,22 @@ class AffineCodec(Codec):
         minimum = views[f"{name}_min"].float()[:, :, :count].transpose(1, 2)[..., None]
         groups = codes.unflatten(2, (-1, self.channel_group(codes.shape[2])))
         return (groups * scale + minimum).flatten(2)
+
+    def copy(self, source: Views, first: int, target: Views, to: int, count: int) -> None:
+        for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
+            pack, unpack = _PACKING[name]
+            codes, there = (unpack(views[name], bits) for views in (source, target))
+            there[:, to : to + count] = codes[:, first : first + count]
+            target[name].copy_(pack(there, bits, target[name].dtype))
+            by_channel = name == "key" and self.keys_per_channel
+            step = self.divisor if by_channel else 1
+            axis = 1 if by_channel else 2
+            for part in (f"{name}_scale", f"{name}_min"):
+                kept = source[part].narrow(axis, first // step, count // step)
+                target[part].narrow(axis, to // step, count // step).copy_(kept)
+
+
+_PACKING = {
+    "key": (packing.pack_keys, packing.unpack_keys),
+    "value": (packing.pack_values, packing.unpack_values),
+}

@@ -37,6 +37,11 @@ class Codec(ABC):
         return 0
 
     @property
+    def groups_tokens(self) -> bool:
+        """Whether tokens share scales, so that none is written alone."""
+        return False
+
+    @property
     def takes_key_offset(self) -> bool:
         """Whether a constant taken from all keys makes them easier to encode."""
         return False
@@ -115,3 +120,16 @@ class Codec(ABC):
             key and value, each ``[num_kv_heads, count, head_size]`` float32, turned.
 
         """
+
+    def copy(self, source: Views, first: int, target: Views, to: int, count: int) -> None:
+        """Copy tokens as they are stored, without decoding them.
+
+        Args:
+            source: typed views of one page.
+            first: the first token's position in it.
+            target: typed views of another page, or the same; written.
+            to: the first token's position there.
+            count: tokens. All three are multiples of ``PAGE_STEP`` and of a group of tokens.
+
+        """
+        raise NotImplementedError(f"{self.name} copies no tokens")

@@ -2,7 +2,7 @@
 //
 // Keys: q.k = sum_c q_c (code_c s_c + m_c). The vector q_c s_c (KIVI: per group of tokens;
 // FlexGen: q_c, with s per token outside) is rounded to 16 bit, for 2-bit codes to 8 bit. Codes are unsigned; counting them from their middle, whose
-// share is taken exactly, leaves only the rounding error times (code - mid).
+// share is taken exactly, leaves only the rounding error times (code - mid); at 16 bits KIVI's keys do without.
 //
 // Values: sum_t p_t (code_t s_t + m_t). The weights p_t s_t of 32 tokens are rounded to 8 bit
 // unsigned against their largest; codes are shifted to be signed, the shift going exactly
@@ -14,12 +14,14 @@
 #if defined(__AVX2__)
 #include "codes/dots.h"
 
-enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32 };
+// SCORES: between the rows of two heads; not a power of two, so that they do not meet in a cache
+enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32, SCORES = MAX_PAGE + 16 };
 
 // Scales and minima of a page in float32, converted once for all query heads; minima are those
 // of shifted codes. What no token has written is not read: it may hold a NaN.
 struct PageScales {
   alignas(32) float key_scale[MAX_PAGE / 32 * 256], key_min[MAX_PAGE / 32 * 256];
+  alignas(32) float key_top[256];  // KIVI: largest scale of a channel; channels are in the order of `order_row`
   alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
 };
 
@@ -38,12 +40,28 @@ static void load_affine(const uint8_t* scales, const uint8_t* minima, int count,
   for (; i < padded; i++) scale[i] = low[i] = 0.f;
 }
 
+// KIVI: the scales and minima of `groups` groups of tokens; the minima are those of codes counted from `mid`
+template <int BITS>
+static void load_channel_scales(const Layout& l, const uint8_t* run, int groups, float mid, PageScales* s) {
+  const int d = l.head_size;
+  order_halves<BITS>((const uint16_t*)(run + l.key_scale), groups * d, s->key_scale);
+  order_halves<BITS>((const uint16_t*)(run + l.key_min), groups * d, s->key_min);
+  for (int c = 0; c < d; c += FW) {
+    fw top = Wide::load(s->key_scale + c);
+    for (int i = c + d; BITS > 2 && i < groups * d; i += d) top = Wide::max(top, Wide::load(s->key_scale + i));
+    Wide::store(s->key_top + c, top);
+  }
+  for (int i = 0; mid > 0.f && i < groups * d; i += FW)
+    Wide::store(s->key_min + i, Wide::fma(Wide::load(s->key_scale + i), Wide::set(mid), Wide::load(s->key_min + i)));
+}
+
 static void load_page_scales(const Layout& l, const uint8_t* run, int count, PageScales* s) {
   const int n = l.page_tokens, padded = (count + 31) & ~31;
   const float key_mid = ((1 << l.k_bits) - 1) * 0.5f, value_mid = float(1 << (l.v_bits - 1));
   if (l.keys_per_channel) {
-    const int used = (count + l.group - 1) / l.group * l.head_size;
-    load_affine(run + l.key_scale, run + l.key_min, used, used, key_mid, s->key_scale, s->key_min);
+    const int groups = (count + l.group - 1) / l.group;
+    if (l.k_bits > 2) load_channel_scales<4>(l, run, groups, 0.f, s);
+    else load_channel_scales<2>(l, run, groups, key_mid, s);
   }
   for (int i = 0; i < l.head_size / l.group * n; i += n) {
     if (!l.keys_per_channel)
@@ -53,22 +71,56 @@ static void load_page_scales(const Layout& l, const uint8_t* run, int count, Pag
   }
 }
 
-// KIVI: every group of the page, eight at a time so that the horizontal sums are shared
-template <int BITS>
-static void round_by_channel(const Layout& l, const PageScales& p, const float* q, int groups, int stride,
-                             RoundedQuery* out) {
+// KIVI at 16 bits: one unit for all groups of a page. Where their scales differ it is coarser than
+// a unit of each, and still far finer than the codes. Every step is taken for all heads at once, as
+// a head alone would wait for its own sums. out[groups][GC]
+template <int BITS, int GC>
+static void round_by_page(const Layout& l, const PageScales& p, const float* q, int groups, RoundedQuery* out) {
+  const int d = l.head_size;
+  alignas(64) float ordered[GC][256 + 16], steps[GC][256 + 16];
+  float unit[GC];
+  for (int g = 0; g < GC; g++) {
+    order_row<BITS>(q + g * d, d, ordered[g]);
+    fw top = Wide::set(1e-30f);
+    for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(ordered[g] + c)) * Wide::load(p.key_top + c));
+    unit[g] = Wide::hmax(top) * (1.f / round_range<BITS>());
+  }
+  for (int g = 0; g < GC; g++) {
+    const fw inverse = Wide::set(1.f / unit[g]);
+    for (int c = 0; c < d; c += FW) Wide::store(steps[g] + c, Wide::load(ordered[g] + c) * inverse);
+  }
+  const float *scale = p.key_scale, *low = p.key_min;
+  for (int i = 0; i < groups; i++, scale += d, low += d, out += GC) {
+    fw rest[GC];
+    for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f);
+    for (int c = 0; c < d; c += 16)
+#pragma GCC unroll 4
+      for (int g = 0; g < GC; g++) {
+        round16<BITS>(steps[g], [=](int at) { return Wide::load(scale + at); }, c, out + g);
+#pragma GCC unroll 2
+        for (int j = c; j < c + 16; j += FW) rest[g] = Wide::fma(Wide::load(ordered[g] + j), Wide::load(low + j), rest[g]);
+      }
+    for (int g = 0; g < GC; g++) out[g].unit = unit[g], out[g].offset = Wide::sum(rest[g]);
+  }
+}
+
+// KIVI at 8 bits: every group for every head by itself, eight of them at a time so that the
+// horizontal sums are shared
+template <int BITS, int GC>
+static void round_by_group(const Layout& l, const PageScales& p, const float* query, int groups, RoundedQuery* out) {
   const int d = l.head_size;
   const float mid = ((1 << BITS) - 1) * 0.5f;
-  alignas(64) float scaled[8][256];
-  for (int first = 0; first < groups; first += 8) {
-    const int n = min_int(8, groups - first);
+  alignas(64) float scaled[8][256 + 16], q[GC][256 + 16];
+  for (int g = 0; g < GC; g++) order_row<BITS>(query + g * d, d, q[g]);
+  for (int first = 0; first < groups * GC; first += 8, out += 8) {
+    const int n = min_int(8, groups * GC - first);
     f8 top[8], extra[8], total[8];
     for (int i = 0; i < 8; i++) top[i] = extra[i] = total[i] = f8_zero();
     for (int i = 0; i < n; i++) {
-      const float *scale = p.key_scale + (first + i) * d, *low = p.key_min + (first + i) * d;
+      const float *head = q[(first + i) % GC], *scale = p.key_scale + (first + i) / GC * d, *low = p.key_min + (first + i) / GC * d;
       fw most = Wide::set(0.f), rest = Wide::set(0.f);
       for (int c = 0; c < d; c += FW) {
-        const fw v = Wide::load(q + c), x = v * Wide::load(scale + c);
+        const fw v = Wide::load(head + c), x = v * Wide::load(scale + c);
         Wide::store(scaled[i] + c, x);
         most = Wide::max(most, Wide::abs(x));
         rest = Wide::fma(v, Wide::load(low + c), rest);
@@ -81,29 +133,32 @@ static void round_by_channel(const Layout& l, const PageScales& p, const float* 
     f8_store(unit, largest * f8_set(1.f / round_range<BITS>()));
     for (int i = 0; i < n; i++) {
       i8v sum = _mm256_setzero_si256();
-      RoundedQuery* r = out + (first + i) * stride;
-      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], inverse[i], c, r));
+      const fw by = Wide::set(inverse[i]);
+      for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], [=](int) { return by; }, c, out + i));
       total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
     }
     f8_store(offset, f8_sum8(total));
-    for (int i = 0; i < n; i++) out[(first + i) * stride].unit = unit[i], out[(first + i) * stride].offset = offset[i];
+    for (int i = 0; i < n; i++) out[i].unit = unit[i], out[i].offset = offset[i];
   }
 }
 
 // FlexGen: the query itself, with the sums of every group of channels
 template <int BITS>
-static void round_by_token(const Layout& l, const float* q, RoundedQuery* out) {
+static void round_by_token(const Layout& l, const float* query, RoundedQuery* out) {
   const float mid = ((1 << BITS) - 1) * 0.5f;
+  alignas(64) float q[256];
+  order_row<BITS>(query, l.head_size, q);
   f8 top = f8_zero();
   for (int c = 0; c < l.head_size; c += 8) top = f8_max(top, f8_abs(f8_load(q + c)));
   const float largest = f8_hmax(top) + 1e-30f;
+  const fw by = Wide::set(round_range<BITS>() / largest);
   out->unit = largest / round_range<BITS>();
   for (int g = 0; g < l.head_size / l.group; g++) {
     i8v sum = _mm256_setzero_si256();
     f8 exact = f8_zero();
     for (int c = g * l.group; c < (g + 1) * l.group; c += 8) exact = exact + f8_load(q + c);
     for (int c = g * l.group; c < (g + 1) * l.group; c += 16)
-      sum = _mm256_add_epi32(sum, round16<BITS>(q, round_range<BITS>() / largest, c, out));
+      sum = _mm256_add_epi32(sum, round16<BITS>(q, [=](int) { return by; }, c, out));
     out->sum[g] = f8_sum(exact);
     out->lost[g] = -f8_sum(_mm256_cvtepi32_ps(sum)) * out->unit * mid;
   }
@@ -118,7 +173,7 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
     dot_codes<BITS, GC, NV>(span, v, 0, l.head_size, rq, dot);
     for (int g = 0; g < GC; g++)
       for (int o = 0; o < NV; o++)
-        f8_store(score + g * MAX_PAGE + 8 * o,
+        f8_store(score + g * SCORES + 8 * o,
                  f8_fma(_mm256_cvtepi32_ps(dot[g][o]), f8_set(rq[g].unit), f8_set(rq[g].offset)));
     return;
   }
@@ -137,23 +192,22 @@ KV_INLINE void score_vectors(const Layout& l, const PageScales& p, const uint8_t
     }
   }
   for (int g = 0; g < GC; g++)
-    for (int o = 0; o < NV; o++) f8_store(score + g * MAX_PAGE + 8 * o, sum[g][o]);
+    for (int o = 0; o < NV; o++) f8_store(score + g * SCORES + 8 * o, sum[g][o]);
 }
 
 // vectors of accumulators a query head may have: as many as registers hold
-template <int GC>
-constexpr int code_vectors() { return FW == 16 ? (GC <= 3 ? 4 : 2) : GC <= 2 ? 4 : 2; }
+constexpr int code_vectors(int heads) { return FW == 16 ? (heads <= 3 ? 4 : 2) : heads <= 2 ? 4 : 2; }
 
 template <int BITS, int GC>
 static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* query,
                         float* score, Fetch* fetch) {
-  enum { NV = code_vectors<GC>() };
+  enum { NV = code_vectors(GC) };
   const int d = l.head_size, span_bytes = d * BITS * 4;
   RoundedQuery rq[MAX_ROUNDED * GC];
-  for (int g = 0; g < GC; g++) {
-    if (l.keys_per_channel) round_by_channel<BITS>(l, p, query + g * d, (count + l.group - 1) / l.group, GC, rq + g);
-    else round_by_token<BITS>(l, query + g * d, rq + g);
-  }
+  const int groups = (count + l.group - 1) / l.group;
+  if (l.keys_per_channel && BITS > 2) round_by_page<BITS, GC>(l, p, query, groups, rq);
+  else if (l.keys_per_channel) round_by_group<BITS, GC>(l, p, query, groups, rq);
+  else for (int g = 0; g < GC; g++) round_by_token<BITS>(l, query + g * d, rq + g);
   for (int t = 0; t < count; t += 32) {
     const RoundedQuery* now = rq + (l.keys_per_channel ? t / l.group * GC : 0);
 #pragma GCC unroll 2
@@ -168,31 +222,40 @@ struct RoundedWeights {  // one query head, one group of channels, one page
   float offset;                               // sum of p_t m_t
 };
 
-static void round_page_weights(const float* score, const float* scale, const float* low, int spans,
-                               RoundedWeights* out) {
-  alignas(64) float w[MAX_PAGE];
-  fw rest = Wide::set(0.f);
-  for (int s = 0; s < spans; s += 8) {
-    f8 top[8];
-    for (int i = 0; i < 8; i++) top[i] = f8_zero();
-    for (int i = 0; i < min_int(8, spans - s); i++) {
-      fw most = Wide::set(0.f);
-      for (int t = (s + i) * 32; t < (s + i + 1) * 32; t += FW) {
-        const fw weight = Wide::load(score + t), x = weight * Wide::load(scale + t);
-        Wide::store(w + t, x);
-        most = Wide::max(most, x);
-        rest = Wide::fma(weight, Wide::load(low + t), rest);
+// one group of channels of a page, for GC query heads; each step for all of them, as in `round_by_page`
+template <int GC>
+static void round_page_weights(const float* score, const float* scale, const float* low, int spans, RoundedWeights* out) {
+  alignas(64) float w[GC][8 * 32 + 16];
+  alignas(32) float inverse[GC][8];
+  fw rest[GC];
+  f8 top[GC][8];
+  for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f);
+  for (int s = 0; s < spans; s += 8, score += 256, scale += 256, low += 256) {
+    const int n = min_int(8, spans - s);
+    for (int i = 0; i < 8; i++) {
+      fw most[GC];
+      for (int g = 0; g < GC; g++) most[g] = Wide::set(0.f);
+      for (int t = i * 32; t < min_int(i + 1, n) * 32; t += FW) {
+        const fw by = Wide::load(scale + t), minimum = Wide::load(low + t);
+#pragma GCC unroll 4
+        for (int g = 0; g < GC; g++) {
+          const fw weight = Wide::load(score + g * SCORES + t), x = weight * by;
+          Wide::store(w[g] + t, x);
+          most[g] = Wide::max(most[g], x);
+          rest[g] = Wide::fma(weight, minimum, rest[g]);
+        }
       }
-      top[i] = Wide::fold_max(most);
+      for (int g = 0; g < GC; g++) top[g][i] = Wide::fold_max(most[g]);
     }
-    const f8 largest = f8_max8(top) + f8_set(1e-30f);
-    alignas(32) float inverse[8];
-    f8_store(inverse, f8_set(255.f) / largest);
-    f8_store(out->unit + s, largest * f8_set(1.f / 255.f));
-    for (int i = 0; i < min_int(8, spans - s); i++)
-      round_weights(w + (s + i) * 32, inverse[i], out->w8 + (s + i) * 32);
+    for (int g = 0; g < GC; g++) {
+      const f8 largest = f8_max8(top[g]) + f8_set(1e-30f);
+      f8_store(inverse[g], f8_set(255.f) / largest);
+      f8_store(out[g].unit + s, largest * f8_set(1.f / 255.f));
+    }
+    for (int i = 0; i < n; i++)
+      for (int g = 0; g < GC; g++) round_weights(w[g] + i * 32, inverse[g][i], out[g].w8 + (s + i) * 32);
   }
-  out->offset = Wide::sum(rest);
+  for (int g = 0; g < GC; g++) out[g].offset = Wide::sum(rest[g]);
 }
 
 // channels [c, c + 8 OC) of a page, for GC query heads
@@ -221,13 +284,12 @@ KV_INLINE void mix_octets(const uint8_t* codes, int64_t octet_bytes, int spans, 
 template <int BITS, int GC>
 static void mix_codes(const Layout& l, const PageScales& p, const uint8_t* run, int count, const float* score,
                       float* out, Fetch* fetch) {
-  enum { OC = code_vectors<GC>() };
+  enum { OC = code_vectors(GC) };
   const int d = l.head_size, n = l.page_tokens, spans = (count + 31) / 32;
   const int64_t octet_bytes = int64_t(n) * BITS;
   RoundedWeights rw[GC];
   for (int group = 0; group < d / l.group; group++) {
-    for (int g = 0; g < GC; g++)
-      round_page_weights(score + g * MAX_PAGE, p.value_scale + group * n, p.value_min + group * n, spans, &rw[g]);
+    round_page_weights<GC>(score, p.value_scale + group * n, p.value_min + group * n, spans, rw);
     const int end = (group + 1) * l.group;
     int c = group * l.group;
     const uint8_t* codes = run + l.value;
@@ -242,14 +304,14 @@ template <int GC>
 static void decode_codes_group(const Layout& l, const PageScales& p, const uint8_t* run, int count,
                                const float* query, int head, Softmax* s, Fetch* fetch) {
   const int d = l.head_size;
-  alignas(32) float score[GC * MAX_PAGE];
+  alignas(32) float score[GC * SCORES];
   const float* q = query + head * d;
   if (l.k_bits == 2) score_codes<2, GC>(l, p, run, count, q, score, fetch);
   else if (l.k_bits == 3) score_codes<3, GC>(l, p, run, count, q, score, fetch);
   else score_codes<4, GC>(l, p, run, count, q, score, fetch);
+  softmax_rows<GC>(s, head, d, score, SCORES, count);
   for (int g = 0; g < GC; g++) {
-    softmax_row(s, head + g, d, score + g * MAX_PAGE, count);
-    for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * MAX_PAGE + t] = 0.f;
+    for (int t = (count + 7) & ~7; t < ((count + 31) & ~31); t++) score[g * SCORES + t] = 0.f;
   }
   if (l.v_bits == 2) mix_codes<2, GC>(l, p, run, count, score, s->out + head * d, fetch);
   else if (l.v_bits == 3) mix_codes<3, GC>(l, p, run, count, score, s->out + head * d, fetch);
@@ -262,8 +324,8 @@ static bool has_integer_dot(const Layout& l) {
 }
 
 static void decode_codes(const Layout& l, const uint8_t* run, int count, const Query& q, Softmax* s, Fetch* fetch) {
-  const int spans = (count + 31) / 32, steps = spans + spans * l.head_size / 32;  // at least
-  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  const int spans = (count + 31) / 32, blocks = (q.heads + 3) / 4, vectors = code_vectors(min_int(4, q.heads));
+  fetch->spread(blocks * spans * (4 + l.head_size / 8) / vectors);  // or somewhat fewer
   PageScales p;
   load_page_scales(l, run, count, &p);
   for (int head = 0; head < q.heads;) {

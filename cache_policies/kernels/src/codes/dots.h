@@ -29,6 +29,17 @@ KV_INLINE i8v iv_codes(const uint8_t* block, int v) {
   return _mm256_and_si256(_mm256_srli_epi16(x, v % PER_BYTE * BITS), _mm256_set1_epi8((1 << BITS) - 1));
 }
 
+// the same, counted from 2^(BITS - 1)
+template <int BITS>
+KV_INLINE i8v iv_signed_codes(const uint8_t* block, int v) {
+  if (BITS != 2) return _mm256_sub_epi8(iv_codes<BITS>(block, v), _mm256_set1_epi8(1 << (BITS - 1)));
+  // Two codes of four bits are looked up at once, two vectors after one shift.
+  const __m128i even = _mm_setr_epi8(-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1);
+  const __m128i odd = _mm_setr_epi8(-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1);
+  const i8v x = _mm256_and_si256(_mm256_srli_epi16(iv_load(block), v / 2 * 4), _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(v % 2 ? odd : even), x);
+}
+
 // One query head, rounded, against one group of keys (KIVI) or all of a page (FlexGen): to eight
 // bits for 2-bit keys, to sixteen for others.
 struct RoundedQuery {
@@ -39,7 +50,7 @@ struct RoundedQuery {
   alignas(32) int16_t q16[256];  // channels of a block of four in order 0 2 1 3
 #endif
   float unit;                    // value of one step
-  float offset;                  // KIVI: sum of q_c m_c, less the rounded channels' mid codes
+  float offset;                  // KIVI: sum of q_c m_c; for 2-bit keys less the rounded channels' mid codes
   float lost[MAX_GROUPS], sum[MAX_GROUPS];  // FlexGen, per group: those mid codes; sum of q_c
 };
 
@@ -62,10 +73,20 @@ KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
   }
 }
 
-// rounds channels [c, c + 16) of x times `inverse`; returns the integers' sums, pair by pair
+// The order in which `round16` takes sixteen channels: as they are.
 template <int BITS>
-KV_INLINE i8v round16(const float* x, float inverse, int c, RoundedQuery* out) {
-  const __m512i r = _mm512_cvtps_epi32(Wide::load(x + c) * Wide::set(inverse));
+KV_INLINE void order_row(const float* x, int n, float* out) {
+  for (int c = 0; c < n; c += 16) Wide::store(out + c, Wide::load(x + c));
+}
+template <int BITS>
+KV_INLINE void order_halves(const uint16_t* x, int n, float* out) {
+  for (int c = 0; c < n; c += 16) Wide::store(out + c, Wide::load_f16(x + c));
+}
+
+// rounds channels [c, c + 16) of x times by(c); returns the integers' sums, pair by pair
+template <int BITS, class By>
+KV_INLINE i8v round16(const float* x, By by, int c, RoundedQuery* out) {
+  const __m512i r = _mm512_cvtps_epi32(Wide::load(x + c) * by(c));
   store_rounded<BITS>(_mm512_cvtsepi32_epi16(r), c, out);
   return _mm256_add_epi32(_mm512_castsi512_si256(r), _mm512_extracti64x4_epi64(r, 1));
 }
@@ -104,7 +125,6 @@ KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const Rou
 // their middle, for 8 OC channels
 template <int BITS, int GC, int OC>
 KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const uint8_t* const w8[GC], i8v dot[GC][OC]) {
-  const i8v shift = _mm256_set1_epi8(1 << (BITS - 1));
   for (int g = 0; g < GC; g++)
     for (int o = 0; o < OC; o++) dot[g][o] = _mm256_setzero_si256();
 #pragma GCC unroll 8
@@ -113,7 +133,7 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
     for (int g = 0; g < GC; g++) w[g] = iv_broadcast4(w8[g] + s * 32 + 4 * v);
     for (int o = 0; o < OC; o++) {
       const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * BITS * 16;
-      const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
+      const i8v x = iv_signed_codes<BITS>(block, v % 4);
       for (int g = 0; g < GC; g++) iv_dot(dot[g][o], w[g], x);
     }
   }
@@ -123,23 +143,39 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
 template <int BITS>
 KV_INLINE float round_range() { return BITS > 2 ? 32767.f : 127.f; }
 
+// The order in which `round16` takes sixteen channels, so that what is packed comes out as the codes
+// lie: the middle quarters change places, and for sixteen bits the middle ones of every four channels.
 template <int BITS>
-KV_INLINE void store_rounded(i8v packed, int c, RoundedQuery* out) {
+KV_INLINE void order_row(const float* x, int n, float* out) {
+  for (int c = 0; c < n; c += 16) {
+    const f8 a = f8_load(x + c), b = f8_load(x + c + 8);
+    const f8 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    f8_store(out + c, BITS > 2 ? _mm256_permute_ps(low, _MM_SHUFFLE(3, 1, 2, 0)) : low);
+    f8_store(out + c + 8, BITS > 2 ? _mm256_permute_ps(high, _MM_SHUFFLE(3, 1, 2, 0)) : high);
+  }
+}
+template <int BITS>
+KV_INLINE void order_halves(const uint16_t* x, int n, float* out) {
+  const i8v middle = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  for (int c = 0; c < n; c += 16) {
+    i8v halves = _mm256_permute4x64_epi64(iv_load(x + c), _MM_SHUFFLE(3, 1, 2, 0));
+    if (BITS > 2) halves = _mm256_shuffle_epi8(halves, middle);
+    f8_store(out + c, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+    f8_store(out + c + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+  }
+}
+
+// rounds channels [c, c + 16) of x times by(c), by(c + 8); returns the integers' sums, pair by pair
+template <int BITS, class By>
+KV_INLINE i8v round16(const float* x, By by, int c, RoundedQuery* out) {
+  const i8v a = _mm256_cvtps_epi32(f8_load(x + c) * by(c)), b = _mm256_cvtps_epi32(f8_load(x + c + 8) * by(c + 8));
+  const i8v packed = _mm256_packs_epi32(a, b);
   if (BITS > 2) {
-    const i8v low = _mm256_shufflelo_epi16(packed, _MM_SHUFFLE(3, 1, 2, 0));
-    _mm256_store_si256((__m256i*)(out->q16 + c), _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+    _mm256_store_si256((__m256i*)(out->q16 + c), packed);
   } else {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
     _mm_store_si128((__m128i*)(out->q8 + c), bytes);
   }
-}
-
-// rounds channels [c, c + 16) of x times `inverse`; returns the integers' sums, pair by pair
-template <int BITS>
-KV_INLINE i8v round16(const float* x, float inverse, int c, RoundedQuery* out) {
-  const i8v a = _mm256_cvtps_epi32(f8_load(x + c) * f8_set(inverse));
-  const i8v b = _mm256_cvtps_epi32(f8_load(x + c + 8) * f8_set(inverse));
-  store_rounded<BITS>(_mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0)), c, out);
   return _mm256_add_epi32(a, b);
 }
 
@@ -229,7 +265,7 @@ KV_INLINE void dot_codes(const uint8_t* span, int v, int from, int to, const Rou
 // their middle, for 8 OC channels
 template <int BITS, int GC, int OC>
 KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const uint8_t* const w8[GC], i8v dot[GC][OC]) {
-  const i8v shift = _mm256_set1_epi8(1 << (BITS - 1)), one = _mm256_set1_epi16(1);
+  const i8v one = _mm256_set1_epi16(1);
   i8v part[GC][OC];
   for (int g = 0; g < GC; g++)
     for (int o = 0; o < OC; o++) part[g][o] = _mm256_setzero_si256();
@@ -239,7 +275,7 @@ KV_INLINE void mix_span(const uint8_t* codes, int64_t octet_bytes, int s, const 
     for (int g = 0; g < GC; g++) w[g] = iv_broadcast4(w8[g] + s * 32 + 4 * v);
     for (int o = 0; o < OC; o++) {
       const uint8_t* block = codes + o * octet_bytes + (s * 2 + v / 4) * BITS * 16;
-      const i8v x = _mm256_sub_epi8(iv_codes<BITS>(block, v % 4), shift);
+      const i8v x = iv_signed_codes<BITS>(block, v % 4);
       for (int g = 0; g < GC; g++) {
         part[g][o] = _mm256_add_epi16(part[g][o], _mm256_maddubs_epi16(w[g], x));
         KV_KEEP(part[g][o]);

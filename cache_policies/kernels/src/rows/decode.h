@@ -110,7 +110,7 @@ static void decode_rows_as(const KvRows& rows, const float* query, int d, int he
   alignas(32) float score[GC * TILE];
   if (rows.octets) score_octets<T, GC>(rows, query + head * d, d, score, fetch);
   else score_rows<T, GC>(rows.key, query + head * d, d, score);
-  for (int g = 0; g < GC; g++) softmax_row(s, head + g, d, score + g * TILE, rows.key.count);
+  softmax_rows<GC>(s, head, d, score, TILE, rows.key.count);
   mix_rows<T, GC>(rows.value, score, d, s->out + head * d, fetch);
 }
 
@@ -126,7 +126,7 @@ static void decode_rows_group(const KvRows& rows, const float* query, int d, int
 
 static void decode_rows(const KvRows& rows, const Query& q, int d, Softmax* s, Fetch* fetch) {
   const int steps = d * rows.key.count / (FW * row_vectors<4>()) + rows.key.count;  // or somewhat fewer
-  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  fetch->spread(steps);
   for (int head = 0; head < q.heads;) {
     switch (min_int(4, q.heads - head)) {
       case 4: decode_rows_group<4>(rows, q.data, d, head, s, fetch); head += 4; break;

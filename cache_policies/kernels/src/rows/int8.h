@@ -157,7 +157,7 @@ template <int GC>
 static void decode_int8_group(const KvRows& rows, const float* query, int d, int head, Softmax* s, Fetch* fetch) {
   alignas(64) float score[GC * TILE];
   score_int8<GC>(rows, query + head * d, d, score, fetch);
-  for (int g = 0; g < GC; g++) softmax_row(s, head + g, d, score + g * TILE, rows.key.count);
+  softmax_rows<GC>(s, head, d, score, TILE, rows.key.count);
   mix_int8<GC>(rows.value, score, d, s->out + head * d, fetch);
 }
 
@@ -167,7 +167,7 @@ static bool has_int8_dot(const Layout& l) {
 
 static void decode_int8(const KvRows& rows, const Query& q, int d, Softmax* s, Fetch* fetch) {
   const int count = rows.key.count, steps = d / 2 * count / (4 * FW) + count / 2 * (d / (2 * FW));  // about
-  fetch->lines = int((fetch->end - fetch->at) / 64 / max_int(1, steps)) + 1;
+  fetch->spread(steps);
   for (int head = 0; head < q.heads;) {
     switch (min_int(4, q.heads - head)) {
       case 4: decode_int8_group<4>(rows, q.data, d, head, s, fetch); head += 4; break;

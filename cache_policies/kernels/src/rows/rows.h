@@ -73,8 +73,12 @@ struct KvRows {
 struct Fetch {
   const uint8_t *at, *end;
   int lines;  // a step
+  void spread(int steps) { lines = int((end - at + 63) / 64 / max_int(1, steps)) + 1; }
   void step() {
-    for (int i = 0; i < lines && at < end; i++, at += 64) prefetch(at);
+    if (at >= end) return;
+    const uint8_t* next = at + 64 * lines;  // may lie behind the end: nothing is read there
+    for (const uint8_t* p = at; p < next; p += 64) prefetch(p);
+    at = next;
   }
 };
 

@@ -6,53 +6,62 @@
 #include "rows/int8.h"
 #include "step/mass.h"
 
+// the tile of floats in x->tile, in as many bfloat16 parts where products run in bfloat16
+static void attend_floats(const Call& c, const Task& t, int count, int parts, int causal_from, Scratch* x, Softmax* s) {
+  const int d = c.layout.head_size, group = heads_per_query(c), rows = t.queries * group;
+  if (!splits_floats(c)) return attend_tile(x->tile, count, x->query, rows, d, s, x->score, causal_from, group);
+  keys_to_bf16(x->tile, d, count, parts, &x->bf16);
+  values_to_bf16(x->tile, d, count, &x->bf16);
+  bf16_attend_tile(&x->bf16, count, rows, d, s, x->score, causal_from, group);
+}
+
 static void attend_rows(const Call& c, const Task& t, const KvRows& rows, int causal_from, Scratch* x,
                         Softmax* s, Fetch* fetch) {
-  const int d = c.layout.head_size, group = heads_per_query(c);
+  const int d = c.layout.head_size;
   if (t.queries == 1) {
-    decode_rows(rows, Query{x->query, group}, d, s, fetch);
+    decode_rows(rows, Query{x->query, heads_per_query(c)}, d, s, fetch);
   } else {
     tile_keys_from_rows(rows, d, &x->tile);
     tile_values_from_rows(rows, d, &x->tile);
-    attend_tile(x->tile, rows.key.count, x->query, t.queries * group, d, s, x->score, causal_from, group);
+    attend_floats(c, t, rows.key.count, parts_of_rows(c, rows), causal_from, x, s);
   }
 }
 
-#if defined(__AVX512BF16__)
-static bool uses_bf16(const Call& c, const Task& t) {
-  return t.queries > 1 && c.rounding && c.layout.k_bits < 8 && c.layout.v_bits < 8;
+// whether few bits become one bfloat16 number, without floats between
+static bool codes_to_bf16(const Call& c, const Task& t) {
+  return PARTS > 0 && t.queries > 1 && c.rounding && c.layout.k_bits < 8 && c.layout.v_bits < 8;
 }
 
-static void attend_bf16(const Call& c, const Task& t, const uint8_t* run, int first, int n, Scratch* x, Softmax* s) {
-  bf16_tile_from_codes(c.layout, run, first, n, &x->bf16);
-  bf16_attend_tile(&x->bf16, n, t.queries * heads_per_query(c), c.layout.head_size, s, x->score);
+static void attend_codes(const Call& c, const Task& t, const uint8_t* run, int first, int n, Scratch* x, Softmax* s) {
+  const Layout& l = c.layout;
+  const int group = heads_per_query(c);
+  if (codes_to_bf16(c, t)) {
+    bf16_tile_from_codes(l, run, first, n, &x->bf16);
+    bf16_attend_tile(&x->bf16, n, t.queries * group, l.head_size, s, x->score, SEES_ALL, group);
+  } else {
+    tile_keys_from_codes(l, run, first, n, &x->tile);
+    tile_values_from_codes(l, run, first, n, &x->tile);
+    attend_floats(c, t, n, 2, SEES_ALL, x, s);
+  }
 }
-#else
-static bool uses_bf16(const Call&, const Task&) { return false; }
-static void attend_bf16(const Call&, const Task&, const uint8_t*, int, int, Scratch*, Softmax*) {}
-#endif
 
 // fetch: the run that will be read next
 static void attend_page(const Call& c, const Task& t, const uint8_t* run, int count, Scratch* x, Softmax* s,
                         Fetch* fetch) {
   const Layout& l = c.layout;
-  const int d = l.head_size, group = heads_per_query(c);
+  const Query query = {x->query, heads_per_query(c)};
   if (t.queries == 1 && c.rounding && has_integer_dot(l)) {
-    decode_codes(l, run, count, Query{x->query, group}, s, fetch);
+    decode_codes(l, run, count, query, s, fetch);
     return;
   }
   for (int first = 0; first < count; first += TILE) {
     const int n = min_int(TILE, count - first);
-    if (l.kind == Kind::affine && uses_bf16(c, t)) {
-      attend_bf16(c, t, run, first, n, x, s);
-    } else if (l.kind == Kind::affine) {
-      tile_keys_from_codes(l, run, first, n, &x->tile);
-      tile_values_from_codes(l, run, first, n, &x->tile);
-      attend_tile(x->tile, n, x->query, t.queries * group, d, s, x->score, SEES_ALL, group);
+    if (l.kind == Kind::affine) {
+      attend_codes(c, t, run, first, n, x, s);
     } else {
       KvRows rows;
       page_rows(c, run, first, n, &rows);
-      if (t.queries == 1 && c.rounding && has_int8_dot(l)) decode_int8(rows, Query{x->query, group}, d, s, fetch);
+      if (t.queries == 1 && c.rounding && has_int8_dot(l)) decode_int8(rows, query, l.head_size, s, fetch);
       else attend_rows(c, t, rows, SEES_ALL, x, s, fetch);
     }
   }
@@ -106,9 +115,7 @@ static void run_task(const Call& c, const Task& t, Scratch* x, float* partial, c
   const int d = l.head_size, rows = t.queries * heads_per_query(c), stored = c.batch.stored[t.seq];
   Softmax s = {x->top, x->sum, x->out, c.soft_cap * LOG2_E};
   load_queries(c, t, x->query);
-#if defined(__AVX512BF16__)
-  if (uses_bf16(c, t)) bf16_rows(x->query, rows * d, x->bf16.query);
-#endif
+  if (splits_floats(c) || codes_to_bf16(c, t)) queries_to_bf16(x->query, rows, d, &x->bf16);
   softmax_begin(&s, rows, d);
   for (int i = t.page_from; i < t.page_to; i++) {
     const int page = c.store_page(t.seq, t.head, t.query_from, i), count = min_int(l.page_tokens, stored - page * l.page_tokens);
@@ -208,6 +215,7 @@ static bool attend_call(const Call& c) {
   bool failed = false;
 #pragma omp parallel num_threads(c.num_threads) reduction(|| : failed)
   {
+    const MatrixRegisters registers;
     Scratch* x = thread_scratch();
     failed = !x;
 #pragma omp for schedule(dynamic, 1)

@@ -22,7 +22,7 @@ struct MassTask {
   int first, count;  // tokens of the part
 };
 
-static void load_keys(const Call& c, const MassTask& t, Tile* tile) {
+static void load_floats(const Call& c, const MassTask& t, Tile* tile) {
   const Layout& l = c.layout;
   KvRows rows;
   if (t.part == Part::store) {
@@ -38,6 +38,15 @@ static void load_keys(const Call& c, const MassTask& t, Tile* tile) {
   tile_keys_from_rows(rows, l.head_size, tile);
 }
 
+// keys of a tile, and query rows of a block, for score_tile
+static void load_keys(const Call& c, const MassTask& t, Scratch* x) {
+  load_floats(c, t, &x->tile);
+  if (splits_floats(c)) keys_to_bf16(x->tile, c.layout.head_size, t.count, 2, &x->bf16);
+}
+static void split_queries(const Call& c, int rows, Scratch* x) {
+  if (splits_floats(c)) queries_to_bf16(x->query, rows, c.layout.head_size, &x->bf16);
+}
+
 // adds 2^(score - log2 denominator) of the visible tokens
 static void add_row(float* score, int visible, float log2_sum, float* mass) {
   const int whole = visible / FW * FW;
@@ -47,11 +56,11 @@ static void add_row(float* score, int visible, float log2_sum, float* mass) {
 }
 
 static void mass_task(const Call& c, const MassTask& t, const Denominators& z, Scratch* x) {
-  const int d = c.layout.head_size, group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
+  const int group = heads_per_query(c), block = max_int(1, MAX_ROWS / group);
   const int fresh = c.batch.query_start[t.seq + 1] - c.batch.query_start[t.seq];
-  const int first = max_int(0, c.mass.first_query[t.seq]), padded = (t.count + FW - 1) / FW * FW;
+  const int first = max_int(0, c.mass.first_query[t.seq]);
   alignas(64) float mass[TILE] = {0};
-  load_keys(c, t, &x->tile);
+  load_keys(c, t, x);
   for (int q = first, next; q < fresh; q = next) {
     const int queries = min_int(min_int(block, fresh - q), c.same_reads(q));
     next = q + queries;
@@ -59,7 +68,8 @@ static void mass_task(const Call& c, const MassTask& t, const Denominators& z, S
     const int causal_from = t.part == Part::fresh ? q - t.first : int(SEES_ALL);
     if (causal_from + queries <= 0) continue;
     load_queries(c, Task{t.seq, t.head, q, queries, 0, 0, false, -1}, x->query);
-    matmul<Float32, false>(queries * group, padded, d, x->query, d, x->tile.key, TILE, x->score, TILE);
+    split_queries(c, queries * group, x);
+    score_tile(c, t.count, queries * group, x);
     for (int r = 0; r < queries * group; r++) {
       const int visible = min_int(t.count, causal_from + r / group + 1);
       const int64_t row = (z.offset[t.seq] + q - first + r / group) * c.num_heads + t.head * group + r % group;
@@ -111,6 +121,7 @@ static bool count_mass(const Call& c, const Denominators& z) {
   bool failed = false;
 #pragma omp parallel num_threads(c.num_threads) if (count > 1) reduction(|| : failed)
   {
+    const MatrixRegisters registers;
     Scratch* x = thread_scratch();
     failed = !x;
 #pragma omp for schedule(dynamic, 1)

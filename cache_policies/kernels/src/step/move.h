@@ -6,6 +6,12 @@
 
 // codes of eight channels of a key, from channel c on
 KV_INLINE f8 key_codes(const Layout& l, const uint8_t* run, int slot, int c) {
+#if defined(__AVX2__)
+  if (l.k_bits != 3) {
+    const CodeSlot k = key_slot(slot, c, l.k_bits, l.head_size);  // bytes of four channels, then the next block's
+    return f8_load_two_codes(run + l.key + k.byte, run + l.key + k.byte + l.k_bits * 16, k.shift, l.k_bits);
+  }
+#endif
   alignas(32) float code[8];
   for (int i = 0; i < 8; i++)
     code[i] = float(get_code(run + l.key, key_slot(slot, c + i, l.k_bits, l.head_size), l.k_bits));

@@ -37,9 +37,9 @@ static void add_scores(float* score, int visible, float* top, float* sum) {
 }
 
 static void add_tile(const Call& c, const MassTask& tile, const SampledRows& rows, Scratch* x) {
-  const int d = c.layout.head_size, group = heads_per_query(c), padded = (tile.count + FW - 1) / FW * FW;
-  load_keys(c, tile, &x->tile);
-  matmul<Float32, false>(rows.count * group, padded, d, x->query, d, x->tile.key, TILE, x->score, TILE);
+  const int group = heads_per_query(c);
+  load_keys(c, tile, x);
+  score_tile(c, tile.count, rows.count * group, x);
   for (int r = 0; r < rows.count * group; r++) {
     const int sees = tile.part == Part::fresh ? rows.query[r / group] - tile.first + 1 : tile.count;
     const int visible = min_int(tile.count, sees);
@@ -97,6 +97,7 @@ static void sample_rows(const Call& c, const PageMass& m, const SampleTask& t, c
   const int group = heads_per_query(c);
   const int pages = (c.batch.stored[t.seq] + c.layout.page_tokens - 1) / c.layout.page_tokens;
   load_samples(c, t, rows, x->query);
+  split_queries(c, rows.count * group, x);
   sum_by_page(c, t, rows, pages, log2, x);
   for (int r = 0; r < rows.count * group; r++) {
     const float sink = c.sinks ? c.sinks[t.head * group + r % group] * LOG2_E : -1e30f;
@@ -147,6 +148,7 @@ static bool page_mass_call(const Call& c, const PageMass& m) {
   bool failed = false;
 #pragma omp parallel num_threads(c.num_threads) if (count > 1) reduction(|| : failed)
   {
+    const MatrixRegisters registers;
     Scratch* x = thread_scratch();
     Array<float> log2(MAX_ROWS * (m.width + 1));
     failed = !x || !log2.ok();

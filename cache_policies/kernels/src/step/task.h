@@ -17,9 +17,7 @@ struct Task {
 
 struct Scratch {
   Tile tile;
-#if defined(__AVX512BF16__)
   TileBf16 bf16;
-#endif
   alignas(64) float query[MAX_ROWS * 256], out[MAX_ROWS * 256], score[MAX_ROWS * TILE];
   float top[MAX_ROWS], sum[MAX_ROWS];
 };
@@ -55,3 +53,18 @@ struct Denominators {
   float* log2;            // [queries of all sequences, num_heads]
   const int64_t* offset;  // [num_seqs] first query of a sequence
 };
+
+// Whether products of float tiles run in bfloat16, as sums of two numbers: they do with AMX.
+static bool splits_floats(const Call& c) { return PARTS == 2 && c.rounding; }
+
+// Keys as many bits as a model's or a page's 16 are one bfloat16 number for a model in bfloat16.
+static int parts_of_rows(const Call& c, const KvRows& rows) {
+  return c.dtype == Dtype::bf16 && item_bytes(rows.key.dtype) == 2 ? 1 : 2;
+}
+
+// x->score of the query rows in x->query (and with AMX x->bf16) with `count` keys in x->tile (x->bf16)
+static void score_tile(const Call& c, int count, int rows, Scratch* x) {
+  const int d = c.layout.head_size;
+  if (splits_floats(c)) return bf16_scores(x->bf16, count, 0, rows, d, x->score);
+  matmul<Float32, false>(rows, (count + FW - 1) / FW * FW, d, x->query, d, x->tile.key, KEY_ROW, x->score, TILE);
+}

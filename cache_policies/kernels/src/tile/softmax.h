@@ -32,15 +32,26 @@ static void softmax_begin(Softmax* s, int rows, int d) {
   memset(s->out, 0, sizeof(float) * size_t(rows) * d);
 }
 
-// scores [count] -> probabilities under the new maximum; earlier sums are rescaled.
-// score[count .. next multiple of FW) is set to 0.
-KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) {
+// The largest of a row's scores [count] and of those before; pads the row to a multiple of FW.
+KV_INLINE float softmax_top(const Softmax* s, int row, float* score, int count) {
   const int padded = (count + FW - 1) / FW * FW;
   if (s->cap > 0.f) soft_cap_row(score, count, s->cap);
   for (int t = count; t < padded; t++) score[t] = -1e30f;
-  fw top = Wide::load(score);
-  for (int t = FW; t < padded; t += FW) top = Wide::max(top, Wide::load(score + t));
-  const float old = s->top[row], now = max_float(old, Wide::hmax(top));
+  fw even = Wide::load(score), odd = even;
+  int t = FW;
+  for (; t + FW < padded; t += 2 * FW) {
+    even = Wide::max(even, Wide::load(score + t));
+    odd = Wide::max(odd, Wide::load(score + t + FW));
+  }
+  if (t < padded) even = Wide::max(even, Wide::load(score + t));
+  return max_float(s->top[row], Wide::hmax(Wide::max(even, odd)));
+}
+
+// scores [count] -> probabilities under the new maximum; earlier sums are rescaled.
+// score[count .. next multiple of FW) is set to 0.
+KV_INLINE void softmax_powers(Softmax* s, int row, int d, float now, float* score, int count) {
+  const int padded = (count + FW - 1) / FW * FW;
+  const float old = s->top[row];
   fw sum = Wide::set(0.f);
   for (int t = 0; t < padded; t += FW) {
     const fw p = fw_exp2(Wide::load(score + t) - Wide::set(now));
@@ -56,4 +67,17 @@ KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) 
     for (int c = 0; c < d; c += FW) Wide::store(out + c, Wide::load(out + c) * Wide::set(shrink));
   }
   s->sum[row] += Wide::sum(sum);
+}
+
+KV_INLINE void softmax_row(Softmax* s, int row, int d, float* score, int count) {
+  softmax_powers(s, row, d, softmax_top(s, row, score, count), score, count);
+}
+
+// Rows from `first` on, `stride` floats apart. All maxima come first: each is a chain of its own,
+// and powers wait for one.
+template <int ROWS>
+KV_INLINE void softmax_rows(Softmax* s, int first, int d, float* score, int stride, int count) {
+  float now[ROWS];
+  for (int r = 0; r < ROWS; r++) now[r] = softmax_top(s, first + r, score + r * stride, count);
+  for (int r = 0; r < ROWS; r++) softmax_powers(s, first + r, d, now[r], score + r * stride, count);
 }

@@ -1,0 +1,2 @@
+#define KV_ENTRY kernels_amx
+#include "kernels.inc"
