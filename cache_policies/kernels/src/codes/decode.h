@@ -17,11 +17,11 @@
 // SCORES: between the rows of two heads; not a power of two, so that they do not meet in a cache
 enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32, SCORES = MAX_PAGE + 16 };
 
-// Scales and minima of a page in float32, converted once for all query heads; minima are those
-// of shifted codes. What no token has written is not read: it may hold a NaN.
+// Scales and minima of a page in float32, converted once for all query heads (KIVI's keys: in the
+// order of `order_row`); minima are those of shifted codes. What no token has written is not read: it may hold a NaN.
 struct PageScales {
   alignas(32) float key_scale[MAX_PAGE / 32 * 256], key_min[MAX_PAGE / 32 * 256];
-  alignas(32) float key_top[256];  // KIVI: largest scale of a channel; channels are in the order of `order_row`
+  alignas(32) float key_top[MAX_ROUNDED][8];  // KIVI: of every group, as `lane_tops`
   alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
 };
 
@@ -40,17 +40,20 @@ static void load_affine(const uint8_t* scales, const uint8_t* minima, int count,
   for (; i < padded; i++) scale[i] = low[i] = 0.f;
 }
 
+// largest of |x| over channels that are eight apart
+KV_INLINE f8 lane_tops(const float* x, int d) {
+  fw top = Wide::set(0.f);
+  for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(x + c)));
+  return Wide::fold_max(top);
+}
+
 // KIVI: the scales and minima of `groups` groups of tokens; the minima are those of codes counted from `mid`
 template <int BITS>
 static void load_channel_scales(const Layout& l, const uint8_t* run, int groups, float mid, PageScales* s) {
   const int d = l.head_size;
   order_halves<BITS>((const uint16_t*)(run + l.key_scale), groups * d, s->key_scale);
   order_halves<BITS>((const uint16_t*)(run + l.key_min), groups * d, s->key_min);
-  for (int c = 0; c < d; c += FW) {
-    fw top = Wide::load(s->key_scale + c);
-    for (int i = c + d; BITS > 2 && i < groups * d; i += d) top = Wide::max(top, Wide::load(s->key_scale + i));
-    Wide::store(s->key_top + c, top);
-  }
+  for (int i = 0; BITS > 2 && i < groups; i++) f8_store(s->key_top[i], lane_tops(s->key_scale + i * d, d));
   for (int i = 0; mid > 0.f && i < groups * d; i += FW)
     Wide::store(s->key_min + i, Wide::fma(Wide::load(s->key_scale + i), Wide::set(mid), Wide::load(s->key_min + i)));
 }
@@ -71,41 +74,41 @@ static void load_page_scales(const Layout& l, const uint8_t* run, int count, Pag
   }
 }
 
-// KIVI at 16 bits: one unit for all groups of a page. Where their scales differ it is coarser than
-// a unit of each, and still far finer than the codes. Every step is taken for all heads at once, as
-// a head alone would wait for its own sums. out[groups][GC]
+// KIVI at 16 bits. The unit of a group and head comes from a bound on their largest product, lane by
+// lane: coarser than need be, and still far finer than the codes. Eight are found at a time, for one
+// alone would wait for its own maximum. out[groups][GC]
 template <int BITS, int GC>
-static void round_by_page(const Layout& l, const PageScales& p, const float* q, int groups, RoundedQuery* out) {
+static void round_by_bound(const Layout& l, const PageScales& p, const float* query, int groups, RoundedQuery* out) {
   const int d = l.head_size;
-  alignas(64) float ordered[GC][256 + 16], steps[GC][256 + 16];
-  float unit[GC];
-  for (int g = 0; g < GC; g++) {
-    order_row<BITS>(q + g * d, d, ordered[g]);
-    fw top = Wide::set(1e-30f);
-    for (int c = 0; c < d; c += FW) top = Wide::max(top, Wide::abs(Wide::load(ordered[g] + c)) * Wide::load(p.key_top + c));
-    unit[g] = Wide::hmax(top) * (1.f / round_range<BITS>());
-  }
-  for (int g = 0; g < GC; g++) {
-    const fw inverse = Wide::set(1.f / unit[g]);
-    for (int c = 0; c < d; c += FW) Wide::store(steps[g] + c, Wide::load(ordered[g] + c) * inverse);
+  alignas(64) float q[GC][256 + 16];
+  alignas(32) float inverse[MAX_ROUNDED * GC + 8], unit[MAX_ROUNDED * GC + 8];
+  f8 largest[GC];
+  for (int g = 0; g < GC; g++) order_row<BITS>(query + g * d, d, q[g]);
+  for (int g = 0; g < GC; g++) largest[g] = lane_tops(q[g], d);
+  for (int first = 0; first < groups * GC; first += 8) {
+    f8 top[8];
+    for (int i = 0; i < 8; i++)
+      top[i] = first + i < groups * GC ? largest[(first + i) % GC] * f8_load(p.key_top[(first + i) / GC]) : f8_zero();
+    const f8 most = f8_max8(top) + f8_set(1e-30f);
+    f8_store(inverse + first, f8_set(round_range<BITS>()) / most);
+    f8_store(unit + first, most * f8_set(1.f / round_range<BITS>()));
   }
   const float *scale = p.key_scale, *low = p.key_min;
   for (int i = 0; i < groups; i++, scale += d, low += d, out += GC) {
-    fw rest[GC];
-    for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f);
+    fw rest[GC], by[GC];
+    for (int g = 0; g < GC; g++) rest[g] = Wide::set(0.f), by[g] = Wide::set(inverse[i * GC + g]);
     for (int c = 0; c < d; c += 16)
 #pragma GCC unroll 4
       for (int g = 0; g < GC; g++) {
-        round16<BITS>(steps[g], [=](int at) { return Wide::load(scale + at); }, c, out + g);
+        round16<BITS>(q[g], [&](int at) { return Wide::load(scale + at) * by[g]; }, c, out + g);
 #pragma GCC unroll 2
-        for (int j = c; j < c + 16; j += FW) rest[g] = Wide::fma(Wide::load(ordered[g] + j), Wide::load(low + j), rest[g]);
+        for (int j = c; j < c + 16; j += FW) rest[g] = Wide::fma(Wide::load(q[g] + j), Wide::load(low + j), rest[g]);
       }
-    for (int g = 0; g < GC; g++) out[g].unit = unit[g], out[g].offset = Wide::sum(rest[g]);
+    for (int g = 0; g < GC; g++) out[g].unit = unit[i * GC + g], out[g].offset = Wide::sum(rest[g]);
   }
 }
 
-// KIVI at 8 bits: every group for every head by itself, eight of them at a time so that the
-// horizontal sums are shared
+// KIVI at 8 bits: the largest product itself, and the rounded channels' mid codes
 template <int BITS, int GC>
 static void round_by_group(const Layout& l, const PageScales& p, const float* query, int groups, RoundedQuery* out) {
   const int d = l.head_size;
@@ -134,6 +137,7 @@ static void round_by_group(const Layout& l, const PageScales& p, const float* qu
     for (int i = 0; i < n; i++) {
       i8v sum = _mm256_setzero_si256();
       const fw by = Wide::set(inverse[i]);
+#pragma GCC unroll 4
       for (int c = 0; c < d; c += 16) sum = _mm256_add_epi32(sum, round16<BITS>(scaled[i], [=](int) { return by; }, c, out + i));
       total[i] = f8_fma(_mm256_cvtepi32_ps(sum), f8_set(-unit[i] * mid), extra[i]);
     }
@@ -205,7 +209,7 @@ static void score_codes(const Layout& l, const PageScales& p, const uint8_t* run
   const int d = l.head_size, span_bytes = d * BITS * 4;
   RoundedQuery rq[MAX_ROUNDED * GC];
   const int groups = (count + l.group - 1) / l.group;
-  if (l.keys_per_channel && BITS > 2) round_by_page<BITS, GC>(l, p, query, groups, rq);
+  if (l.keys_per_channel && BITS > 2) round_by_bound<BITS, GC>(l, p, query, groups, rq);
   else if (l.keys_per_channel) round_by_group<BITS, GC>(l, p, query, groups, rq);
   else for (int g = 0; g < GC; g++) round_by_token<BITS>(l, query + g * d, rq + g);
   for (int t = 0; t < count; t += 32) {
@@ -222,7 +226,7 @@ struct RoundedWeights {  // one query head, one group of channels, one page
   float offset;                               // sum of p_t m_t
 };
 
-// one group of channels of a page, for GC query heads; each step for all of them, as in `round_by_page`
+// one group of channels of a page, for GC query heads; each step for all of them, as in `round_by_group`
 template <int GC>
 static void round_page_weights(const float* score, const float* scale, const float* low, int spans, RoundedWeights* out) {
   alignas(64) float w[GC][8 * 32 + 16];
