@@ -101,16 +101,22 @@ class Span:
     private: bool = False
 
     @property
+    def drops(self) -> bool:
+        """Whether tokens are ever dropped; a short prompt of a method that keeps answers is not."""
+        if self.keep is None:
+            return False
+        return self.interval > 0 or self.prompt > (self.keep if self.least is None else self.least)
+
+    @property
     def first_cut(self) -> int | None:
         """Computed tokens at which the request first moves; None: it never moves.
 
         Bounded requests are cut where they are, for none of their pages is shared.
         """
-        if self.keep is None or self.bounded:
+        if self.keep is None or self.bounded or not self.drops:
             return None
-        if self.prompt > (self.keep if self.least is None else self.least):
-            return self.prompt
-        return self.keep + self.interval if self.interval else None
+        is_long = self.prompt > (self.keep if self.least is None else self.least)
+        return self.prompt if is_long else self.keep + self.interval
 
     def held(self, computed: int, keep: int | None = None) -> int:
         """Tokens held once ``computed`` tokens are computed, in a layer that keeps ``keep``."""

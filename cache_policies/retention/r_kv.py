@@ -20,7 +20,7 @@ from cache_policies.retention.base import BOUNDED, FULL, Budgeted
 if TYPE_CHECKING:
     from cache_policies.retention.base import Seen
 
-AT_ONCE = 2**25  # similarities of all heads that are in memory together
+AT_ONCE = 2**20  # similarities of all heads that are in memory together, and so in the cache
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,16 @@ class RKV(Budgeted):
         """``[num_kv_heads, n]``: mean similarity of other keys, the newest like them left out."""
         unit = functional.normalize(keys, dim=-1)
         heads, count = keys.shape[:2]
-        number, total = torch.arange(count, device=keys.device), torch.zeros_like(keys[..., 0])
+        # All similarities of a key are one product with the sum of keys; of each row of the
+        # matrix only the entry that is left out is looked for.
+        total = (unit @ unit.sum(1)[..., None]).squeeze(-1) - unit.square().sum(-1)
+        newest_first, number = unit.flip(1), torch.arange(count, device=keys.device)
         rows = max(1, AT_ONCE // (heads * count))
         for part, own in zip(unit.split(rows, 1), number.split(rows), strict=True):
-            similarity = (part @ unit.transpose(1, 2)).masked_fill(own[:, None] == number, 0)
-            newest = torch.where(similarity > self.similar, number, -1).amax(-1, keepdim=True)
-            total += similarity.masked_fill(number == newest, 0).sum(1)
+            repeats = part @ newest_first.transpose(1, 2) > self.similar
+            repeats[:, torch.arange(len(own), device=own.device), count - 1 - own] = False
+            found, place = repeats.byte().max(-1)
+            newest = count - 1 - place
+            like = (part * unit.gather(1, newest[..., None].expand_as(part))).sum(-1)
+            total.scatter_add_(1, newest, -like * found)
         return (total / count).softmax(-1)

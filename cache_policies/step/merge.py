@@ -14,7 +14,7 @@ from math import e
 import torch
 from torch.nn import functional
 
-AT_ONCE = 2**25  # similarities of all heads that are in memory together
+AT_ONCE = 2**20  # similarities of all heads that are in memory together, and so in the cache
 
 
 def merge_values(

@@ -217,8 +217,10 @@ class Step:
         return room.start
 
     def _note_prompt(self, layer: Layer, tokens: Tokens) -> None:
-        """What methods ask to know of queries and keys that no page holds."""
+        """What methods ask to know of queries and keys that no page holds, if they will choose."""
         for seq, state, retention in self._evicting:
+            if not state.span.drops:
+                continue
             start, before = int(self.query_start[seq]), int(self.computed[seq])
             known = state.layers[layer.index]
             if retention.recent_queries:

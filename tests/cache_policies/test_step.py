@@ -212,6 +212,20 @@ def test_what_was_noted_of_the_prompt_goes_with_the_last_cut(method: str, second
     assert known.queries is None
 
 
+@pytest.mark.parametrize("method", ["compactor(budget=150)", "expected-attention(budget=150)"])
+@pytest.mark.parametrize("prompt", [150, 151])
+def test_nothing_is_noted_of_a_prompt_that_is_never_cut(method: str, prompt: int) -> None:
+    worker = Worker("raw")
+    sequence = worker.start(TEXT, method, prompt)
+    assert sequence.state is not None
+    worker.run(sequence, [100])
+    known = sequence.state.layers[0]
+    assert bool(known.near or known.queries) == sequence.span.drops == (prompt > 150)
+    worker.run(sequence, [prompt - 100, *[1] * 60])
+    assert (known.near, known.queries) == (None, None)
+    assert worker.positions(sequence).shape[1] == 150 + 60
+
+
 def test_a_step_the_worker_cannot_follow_is_an_error() -> None:
     worker = Worker("raw")
     sequence = worker.start(TEXT, "h2o(heavy=100,recent=60)", 600)
