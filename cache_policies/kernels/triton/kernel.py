@@ -233,7 +233,8 @@ class TritonKernel:
             chosen.block, table.stride(0),
             places.stride, query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=places.page, M=plans.FEW_ROWS if splits else tiles.many_rows, BLOCK=tiles.block,
+            PAGE=places.page, M=plans.FEW_ROWS if splits else tiles.many_rows,
+            BLOCK=tiles.block if splits else tiles.many_block,
             RECENT=tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
             warps=tiles.warps if splits else tiles.many_warps, stages=tiles.stages,
         )  # fmt: skip

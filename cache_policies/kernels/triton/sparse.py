@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,7 +71,7 @@ def add_shares(
     tables, scale = (pages, table, places.slots), shape.scale * LOG2_E
     strides = table.stride(0), places.stride, query.stride(0)
     rows, heads = samples.each * shape.num_heads // shape.num_kv_heads, shape.num_kv_heads
-    options = {"PAGE": places.page, "SAMPLES": samples.each, "M": FEW_ROWS,
+    options: dict[str, Any] = {"PAGE": places.page, "SAMPLES": samples.each, "M": FEW_ROWS,
                "BLOCK": tiles.block, "warps": tiles.warps, "stages": tiles.stages}  # fmt: skip
     launch(
         page_mass.sums, (len(samples), heads, -(-rows // FEW_ROWS)),
