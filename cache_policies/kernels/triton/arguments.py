@@ -41,8 +41,8 @@ class Chosen:
             require(reads.block * group % rows == 0, f"reads: {reads.block} queries a list")
             device, self.block = batch.block_table.device, reads.block
             self.width = reads.pages.shape[2]
-            found = (reads.pages, reads.count, reads.first)
-            found = [x.to(device, non_blocking=True).contiguous() for x in found]
+            lists = (reads.pages, reads.count, reads.first)
+            found = [x.to(device, non_blocking=True).contiguous() for x in lists]
             self.pages, self.count, self.lists = found
             require(all(x.dtype == torch.int32 for x in found), "reads: int32")
 

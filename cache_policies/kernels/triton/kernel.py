@@ -13,12 +13,11 @@ from cache_policies.kernels.triton import plans
 from cache_policies.kernels.triton.arguments import Chosen, Places, require
 from cache_policies.kernels.triton.device import attend as attending
 from cache_policies.kernels.triton.device import encode as encoding
-from cache_policies.kernels.triton.device import page_mass
 from cache_policies.kernels.triton.device.mass import mass as count_mass
 from cache_policies.kernels.triton.device.read import read as read_tokens
 from cache_policies.kernels.triton.launch import launch
 from cache_policies.kernels.triton.page import LOG2_E, Page, interpreting
-from cache_policies.kernels.triton.sparse import Samples
+from cache_policies.kernels.triton.sparse import Samples, add_shares
 from cache_policies.kernels.triton.tasks import tasks_of
 from cache_policies.kernels.triton.turning import Turning
 from cache_policies.pages.codecs.packing import PLANES
@@ -101,7 +100,7 @@ class TritonKernel:
             chosen = Samples(batch, blocks, samples)
             key = self.turning.keys(key)
             query = self.turning.rotated(query[chosen.lines])
-            self._shares(pages, batch, chosen, query, key, out)
+            add_shares(self.page, self.tiles, self.shape, pages, batch, chosen, query, key, out)
             out /= (chosen.blocks[:, 1] * self._group)[:, None, None]
         mass = out.unflatten(2, (-1, size)).sum(3) if width else out
         return mass, 1 - mass.sum(2)
@@ -234,7 +233,8 @@ class TritonKernel:
             chosen.block, table.stride(0),
             places.stride, query.stride(0), key.stride(0), value.stride(0), output.stride(0),
             pages.stride(0), pages.stride(1),
-            PAGE=places.page, M=plans.FEW_ROWS if splits else tiles.many_rows, BLOCK=tiles.block,
+            PAGE=places.page, M=plans.FEW_ROWS if splits else tiles.many_rows,
+            BLOCK=tiles.block if splits else tiles.many_block,
             RECENT=tiles.recent, SPLIT=splits > 0, READS=chosen.any, LSE=lse is not None,
             warps=tiles.warps if splits else tiles.many_warps, stages=tiles.stages,
         )  # fmt: skip
@@ -272,31 +272,6 @@ class TritonKernel:
             PAGE=places.page, M=plans.FEW_ROWS, BLOCK=tiles.block, RECENT=tiles.recent,
             READS=chosen.any and not chosen.block, FLAGS=chosen.block > 0, warps=tiles.warps,
             stages=tiles.stages,
-        )  # fmt: skip
-
-    def _shares(
-        self, pages: torch.Tensor, batch: Batch, chosen: Samples, query: torch.Tensor,
-        key: torch.Tensor, out: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Add what the chosen queries of each block give every token of the store."""
-        counts, tiles, table = batch.device_counts, self.tiles, batch.block_table
-        places, heads = Places(batch, self.page), self.shape.num_kv_heads
-        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=pages.device)
-        sinks = lse if self.shape.sinks is None else self.shape.sinks.detach().to(pages.device)
-        tables, scale = (pages, table, places.slots), self.shape.scale * LOG2_E
-        strides = table.stride(0), places.stride, query.stride(0)
-        options = {"PAGE": places.page, "SAMPLES": chosen.each, "M": plans.FEW_ROWS,
-                   "BLOCK": tiles.block, "warps": tiles.warps, "stages": tiles.stages}  # fmt: skip
-        launch(
-            page_mass.sums, (len(chosen), heads, -(-chosen.each * self._group // plans.FEW_ROWS)),
-            query, key, chosen.position, lse, sinks, chosen.blocks, counts.query_start,
-            counts.stored, counts.ring, counts.store_row, *tables, scale, *strides, key.stride(0),
-            pages.stride(0), pages.stride(1), RECENT=tiles.recent, **options,
-        )  # fmt: skip
-        launch(
-            page_mass.shares, (-(-out.shape[2] // tiles.block), len(chosen), heads),
-            query, lse, chosen.blocks, counts.stored, counts.store_row, out, *tables, scale,
-            *strides, out.stride(1), pages.stride(0), pages.stride(1), **options,
         )  # fmt: skip
 
     def _splits(self, batch: Batch, few: Tasks) -> int:

@@ -84,8 +84,8 @@ class Page:
     precision: str
     cap: float
     sinks: bool
-    rotation: int = 0
-    mapped: bool = False
+    rotation: int
+    mapped: bool
 
     @property
     def width(self) -> int:
@@ -146,6 +146,7 @@ class Page:
             cap=shape.soft_cap * LOG2_E,
             sinks=shape.sinks is not None,
             rotation=block(layout.head_size) if codec.ROTATES else 0,
+            mapped=False,
         )
 
 

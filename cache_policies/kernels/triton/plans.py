@@ -25,6 +25,7 @@ class Tiles:
 
     Attributes:
         block: tokens of the store in a tile.
+        many_block: the same in prefill.
         recent: ring or fresh tokens in a tile.
         span: tokens that one program encodes.
         part_width: channels that it encodes.
@@ -38,6 +39,7 @@ class Tiles:
     """
 
     block: int
+    many_block: int
     recent: int
     span: int
     part_width: int
@@ -58,13 +60,18 @@ class Tiles:
             crowded = page.width == 128 and min(page.key_bits, page.value_bits) == 2
         else:
             crowded = page.width > 64
+        # Scales of a token, and 16-bit numbers of 256 channels, take registers: with 32, flexgen's
+        # decode spills on sm_90, and attention over fp16 on sm_80.
+        few = page.width == 64 and not page.by_channel if coded else wide and number_bytes == 2
+        many_block = 32 if wide or number_bytes == 4 else 64
+        block = 64 if number_bytes == 2 else many_block  # 32 of 256 channels spill on sm_80
         part = page.width
         if coded and page.group < size:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
         return cls(
-            block=128 if coded else (32 if wide or number_bytes == 4 else 64),
-            # Scales of a token take registers: decode of flexgen spills on sm_90 with 32.
-            recent=16 if coded and page.width == 64 and not page.by_channel else 32,
+            block=128 if coded else block,
+            many_block=128 if coded else many_block,
+            recent=16 if few else 32,
             span=max(32, page.group) if page.by_channel else 32,
             part_width=part,
             parts=-(-size // part),
