@@ -59,7 +59,7 @@ class Round:
     why: str | None
     seconds: float
 
-    def line(self) -> str:
+    def line(self, model: str) -> str:
         """For a log."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         parts = [
@@ -68,7 +68,7 @@ class Round:
             f"{self.failed} failed ({self.why})" if self.failed else "",
             f"{self.seconds:.1f} s",
         ]
-        return f"{now} canary: {', '.join(filter(None, parts))}"
+        return f"{now} canary: {model}: {', '.join(filter(None, parts))}"
 
 
 def read_lengths(text: str | None, target: Target) -> tuple[int, ...]:

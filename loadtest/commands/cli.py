@@ -298,11 +298,15 @@ def canary(
 
         def show(done: birds.Round) -> None:
             shown.show(done)
-            console.print(done.line(), highlight=False, soft_wrap=True)
+            console.print(done.line(target.model), highlight=False, soft_wrap=True)
 
         first = int(time.time()) if seed is None else seed
         done = birds.watch(target, sizes, every=every, rounds=rounds, seed=first, show=show)
-    if any(r.failed or (r.found or 0.0) < at_least for r in done):
+    bad = [r for r in done if r.failed or (r.found or 0.0) < at_least]
+    if bad:
+        few = f"fewer keys than --at-least {at_least:g}"
+        why = "requests that failed" if any(r.failed for r in bad) else few
+        console.print(f"{len(bad)} of {len(done)} rounds: {why}", highlight=False, soft_wrap=True)
         raise typer.Exit(SOME_FAILED)
 
 

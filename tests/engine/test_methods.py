@@ -17,14 +17,12 @@ METHODS = [
     "infllm(topk=1,local=128)", "tova(budget=150,interval=16)", "expected-attention(ratio=0.25)",
     "quest(topk=1)", "keydiff(ratio=0.5)", "pyramidkv(budget=150)",
     "lagkv(budget=300,merge=values)", "random(budget=100)", "knorm(budget=90,prefill=bounded)",
-    "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150,interval=8)",
-    "compactor(budget=150)",
+    "streaming-llm(sinks=4,window=96,positions=cache)", "r-kv(budget=150)", "compactor(budget=150)",
     "snapkv(budget=600)+quest(topk=1)", "tova(budget=600,interval=8)+quest(topk=1)",
     "streaming-llm(window=600)+infllm(topk=1,local=128)",
     "sparse-prefill(topk=1,exact=128)", "snapkv(budget=200)+sparse-prefill(coverage=0.5,exact=0)",
     "snapkv(budget=400,heads=adaptive)", "h2o(ratio=0.5,interval=8,heads=adaptive)",
     "h2o(heavy=200,recent=100,prefill=bounded,heads=adaptive)",
-    "snapkv(budget=400,heads=adaptive,merge=values)", "compactor(budget=600)+quest(topk=1)",
 ]  # fmt: skip
 PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(METHODS))]
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
@@ -53,9 +51,8 @@ def test_a_prompt_of_embeddings_has_a_method_too(program: Program, tiny: str) ->
     assert given == program("mixed", **arguments)["tokens"]
 
 
-@pytest.mark.parametrize("codec", ["kivi-4bit", "rotated-4bit"])
-def test_every_method_runs_on_quantized_pages(program: Program, tiny: str, codec: str) -> None:
-    got = program("mixed", model=tiny, policy=codec, prompts=PROMPTS, methods=METHODS)
+def test_every_method_runs_on_quantized_pages(program: Program, tiny: str) -> None:
+    got = program("mixed", model=tiny, policy="kivi-4bit", prompts=PROMPTS, methods=METHODS)
     assert got["free"] == got["total"]
     assert all(len(tokens) == 24 for tokens in got["tokens"])
 
@@ -65,22 +62,12 @@ def _depends_on_chunks(method: str) -> bool:
     return method.startswith(bounded) or "bounded" in method or "sparse" in method
 
 
-PREEMPTED = [
-    ["snapkv(budget=100)", "lagkv(budget=270)", "pyramidkv(budget=90)", "tova(budget=90)",
-     "snapkv(budget=100)", "lagkv(budget=270)", "pyramidkv(budget=90)",
-     "snapkv(budget=300,heads=adaptive)"],
-    ["r-kv(budget=100)", "compactor(budget=100)", "knorm(budget=100,merge=values)",
-     "snapkv(budget=300)+quest(topk=1)", "h2o(heavy=200,recent=100,heads=adaptive)",
-     "snapkv(budget=300,heads=adaptive,merge=values)", "compactor(budget=100)",
-     "r-kv(budget=100,merge=values)"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("methods", PREEMPTED, ids=["early", "late"])
-def test_preemption_keeps_the_policy(program: Program, tiny: str, methods: list[str]) -> None:
+def test_preemption_keeps_the_policy(program: Program, tiny: str) -> None:
     """The same tokens as with room enough, until a request that starts over sees its own answer
     as a part of the prompt, which is then attended to in full.
     """
+    methods = ["snapkv(budget=100)", "lagkv(budget=270)", "pyramidkv(budget=90)", "tova(budget=90)"]
+    methods = [*methods, *methods[:3], "snapkv(budget=300,heads=adaptive)"]
     arguments = {"model": tiny, "policy": "raw", "methods": methods, "max_tokens": 400,
                  "prompts": PROMPTS[: len(methods)], "max_model_len": 1280}  # fmt: skip
     roomy = program("mixed", **arguments)
@@ -113,29 +100,25 @@ def test_pages_are_back_after_the_first_decode_step(program: Program, tiny: str)
 
 def test_prefix_caching_survives(program: Program, tiny: str) -> None:
     """The second and third request hit the prompt's pages, and say what the first one said."""
-    methods = ["snapkv(budget=200)", "tova(budget=150)", "snapkv(budget=500)+quest(topk=1)",
-               "r-kv(budget=150,interval=8)", "lagkv(budget=300,merge=values)",
-               "snapkv(budget=400,heads=adaptive)"]  # fmt: skip
-    prompts = [p for p in PROMPTS[: len(methods)] for _ in range(3)]
+    methods = ["snapkv(budget=200)", "tova(budget=150)", "snapkv(budget=500)+quest(topk=1)"]
     got = program(
-        "mixed", model=tiny, policy="fp16", prompts=prompts,
+        "mixed", model=tiny, policy="fp16", prompts=[p for p in PROMPTS[:3] for _ in range(3)],
         methods=[m for m in methods for _ in range(3)], together=False,
         max_num_batched_tokens=128,
     )  # fmt: skip
-    for i in range(0, len(prompts), 3):
+    for i in range(0, 9, 3):
         assert got["cached"][i] == 0
         assert got["cached"][i + 1] == got["cached"][i + 2] >= 512
         assert got["tokens"][i] == got["tokens"][i + 1] == got["tokens"][i + 2]
 
 
 def test_methods_that_must_see_every_query_do_not_hit(program: Program, tiny: str) -> None:
-    methods = ["h2o", "all", "h2o", "knorm+infllm", "infllm", "streaming-llm", "tova+quest",
-               "compactor", "h2o(heads=adaptive)", "compactor+quest", "r-kv"]  # fmt: skip
+    methods = ["h2o", "all", "h2o", "knorm+infllm", "infllm", "streaming-llm", "tova+quest"]
     got = program(
-        "mixed", model=tiny, policy="fp16", prompts=[PROMPTS[0]] * len(methods), methods=methods,
+        "mixed", model=tiny, policy="fp16", prompts=[PROMPTS[0]] * 7, methods=methods,
         together=False,
     )  # fmt: skip
-    assert got["cached"] == [0, 640, 0, 0, 0, 0, 640, 0, 0, 0, 640]
+    assert got["cached"] == [0, 640, 0, 0, 0, 0, 640]
 
 
 @pytest.mark.parametrize("policy", ["fp16", "kivi-2bit"])
