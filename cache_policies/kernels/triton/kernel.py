@@ -120,7 +120,7 @@ class TritonKernel:
             encoding.absorb, (int(parts.max(initial=0)), seqs, heads * tiles.parts),
             key, value, counts.query_start, counts.stored, counts.ring, counts.stored_after,
             counts.store_row, *tables, *strides,
-            PAGE=places.page, SPAN=tiles.span, WIDTH=tiles.part_width, warps=tiles.warps,
+            PAGE=places.page, SPAN=tiles.span, WIDTH=tiles.part_width, warps=tiles.encode_warps,
             fusion=False,
         )  # fmt: skip
         left = host.ring + host.appended - host.stored_after + host.stored
@@ -206,7 +206,7 @@ class TritonKernel:
                 inverse, key, value, stored, stored + ring, stride, pages,
                 batch.block_table[seq], places.slots[seq], row, places.stride,
                 pages.stride(0), pages.stride(1), PAGE=places.page, SPAN=span, WIDTH=width,
-                RING=in_ring, warps=tiles.warps, fusion=False,
+                RING=in_ring, warps=tiles.encode_warps, fusion=False,
             )  # fmt: skip
 
     # ---- attention

@@ -31,7 +31,8 @@ class Tiles:
         part_width: channels that it encodes.
         parts: programs for all channels.
         ring_span: tokens of the ring that one program writes.
-        warps: warps of a program that decodes or encodes.
+        warps: warps of a program of decode, or of mass.
+        encode_warps: of one that encodes.
         many_rows: rows (a query of a query head) of a block of prefill.
         many_warps: warps of its program.
         stages: of the software pipeline.
@@ -46,6 +47,7 @@ class Tiles:
     parts: int
     ring_span: int
     warps: int
+    encode_warps: int
     many_rows: int
     many_warps: int
     stages: int
@@ -77,6 +79,8 @@ class Tiles:
             parts=-(-size // part),
             ring_span=32,
             warps=8 if wide else 4,
+            # A lone group of channels is encoded by one program; four warps spill on sm_80 with it.
+            encode_warps=8 if wide or (coded and part > 64) else 4,
             # Codes are decoded in registers: they spill on sm_80 with 64 rows on four warps, take
             # more instructions for a row on eight, and those of 2 bits spill on sm_90 with 32 rows.
             many_rows=(16 if wide else 32) if coded else 64,

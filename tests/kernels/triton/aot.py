@@ -37,7 +37,7 @@ SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ def rotated(x, PAGE: tl.constexpr):
     one's pairs are neighbours; after the last stage all channels are back in their places.
     """
     SIZE: tl.constexpr = PAGE.rotation
+    STAGES: tl.constexpr = PAGE.rotation_stages
     n: tl.constexpr = x.shape[0]
     d: tl.constexpr = x.shape[1]
-    for _ in tl.static_range(PAGE.rotation_stages):
+    for _ in tl.static_range(STAGES):
         first, second = tl.split(tl.reshape(x, (n, d // SIZE, SIZE // 2, 2)))
         x = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
         x = tl.reshape(x, (n, d))
