@@ -44,9 +44,8 @@ class CpuKernel:
         shape: heads and scale of the layer.
         isa: instruction set; the best supported one by default.
         rounding: decode 2 and 4 bit pages by integer dot products, and prefill over them in
-            bfloat16 where the CPU has it; with AMX, prefill over other pages too, with floats as
-            sums of two bfloat16 numbers. False computes in float32 instead, to measure the
-            rounding that these add.
+            bfloat16 where the CPU has it; with AMX, over other pages too, floats being sums of
+            two. False computes in float32 instead, to measure the rounding that these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """

@@ -20,7 +20,7 @@ from cache_policies.retention.base import BOUNDED, FULL, Budgeted
 if TYPE_CHECKING:
     from cache_policies.retention.base import Seen
 
-AT_ONCE = 2**20  # similarities of all heads that are in memory together, and so in the cache
+AT_ONCE = 2**25  # similarities of all heads that are in memory together
 
 
 @dataclass(frozen=True)
