@@ -69,7 +69,10 @@ def test_streams_chats_several_prompts_and_samples_say_it_too(client: openai.Ope
 
 def test_what_a_stop_string_ends_says_it_too(client: openai.OpenAI) -> None:
     ask: dict[str, Any] = {"model": "fast", "max_tokens": 60, "temperature": 0}
-    free = client.completions.create(prompt=prompt("stop"), **ask)
+    # Twice: an answer after a prefix hit is computed in other steps, and rounded otherwise, than
+    # the first one; those after it are alike.
+    for _ in range(2):
+        free = client.completions.create(prompt=prompt("stop"), **ask)
     word = free.choices[0].text.split()[3]
     done = client.completions.create(prompt=prompt("stop"), stop=word, **ask)
     assert (done.choices[0].finish_reason, word in done.choices[0].text) == ("stop", False)
