@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ class Moves:
 
     Attributes:
         source: the batch of ``Kernel.read``.
-        target: that of ``Kernel.write``. Its store pages are those of ``source`` of the same
-            request and head, at the same rows, or pages that hold none of ``source``'s tokens.
+        target: that of ``Kernel.write``. See ``mixes_pages``.
         index: ``[num_kv_heads, count]`` int32, as for ``Kernel.write``.
         number: same shape, the token of ``source`` that comes there: none moves backwards
             (``number >= index``); below 0 where ``index`` is.
@@ -31,6 +31,29 @@ class Moves:
     index: torch.Tensor
     number: torch.Tensor
     start: torch.Tensor
+
+    def mixes_pages(self, page_tokens: int) -> bool:
+        """Whether a request's store goes to some of its own pages, but in other rows.
+
+        A page is then written while tokens of it are still to be read: a prompt whose request has
+        no pages to spare, and begins at another row once it is cut. In the same rows no token is
+        written over before it is read, since none moves backwards; elsewhere there is none.
+        """
+        source, target = self.source.host, self.target.host
+        begin, to = source.store_row, target.store_row
+        end, to_end = (
+            batch.store_row + (batch.stored + page_tokens - 1) // page_tokens
+            for batch in (source, target)
+        )
+        mixed = (to != begin) & (to < end) & (begin < to_end) & (np.diff(self.start.numpy()) > 0)
+        return bool(mixed.any())
+
+    def wrong(self, page_tokens: int) -> str:
+        """What forbids a kernel to move tokens one after the other; empty: nothing."""
+        forwards = (self.number >= self.index) & ((self.number < 0) == (self.index < 0))
+        if not bool(forwards.all()):
+            return "a token moves backwards"
+        return "pages are mixed" if self.mixes_pages(page_tokens) else ""
 
 
 @runtime_checkable
@@ -49,16 +72,21 @@ class Moving(Protocol):
             pages: as for ``Kernel.attend``, written.
             key: the step's fresh keys.
             value: the step's fresh values.
-            moves: what goes where.
+            moves: what goes where; no pages are mixed.
 
         """
 
 
 def move(
-    kernel: Kernel, pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, moves: Moves
+    kernel: Kernel,
+    page_tokens: int,
+    pages: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    moves: Moves,
 ) -> None:
-    """``Moving.move``; by way of floats, where a group is rounded again, if a kernel has none."""
-    if isinstance(kernel, Moving):
+    """``Moving.move``; by way of floats, where a group is rounded again, if the kernel cannot."""
+    if isinstance(kernel, Moving) and not moves.mixes_pages(page_tokens):
         kernel.move(pages, key, value, moves)
     else:
         move_rows(kernel, pages, key, value, moves)

@@ -10,6 +10,7 @@ import torch
 from cache_policies.kernels.contract import sampled
 from cache_policies.kernels.counts import all_tokens, spans
 from cache_policies.kernels.moves import move_rows
+from cache_policies.pages.codecs.affine import AffineCodec
 from cache_policies.pages.codecs.base import PAGE_STEP
 from cache_policies.pages.codecs.packing import LANES, to_half
 from cache_policies.pages.plan import Plan
@@ -142,14 +143,16 @@ class ReferenceKernel:
     ) -> None:
         before = pages.clone()
         move_rows(self, pages, key, value, moves)
-        if not self.layout.codec.groups_tokens:
+        codec = self.layout.codec
+        if not isinstance(codec, AffineCodec) or not codec.groups_tokens:
             return
         for seq, (first, end) in enumerate(pairwise(moves.start.tolist())):
             for head, numbers in enumerate(moves.number[:, first:end]):
-                self._copy_units(before, pages, moves, (seq, head), numbers)
+                self._copy_units(codec, before, pages, moves, (seq, head), numbers)
 
     def _copy_units(
         self,
+        codec: AffineCodec,
         before: torch.Tensor,
         pages: torch.Tensor,
         moves: Moves,
@@ -157,7 +160,7 @@ class ReferenceKernel:
         numbers: torch.Tensor,
     ) -> None:
         """Give whole units of a request and head their bytes of before."""
-        codec, size = self.layout.codec, self.plan.page_tokens
+        size = self.plan.page_tokens
         unit = max(PAGE_STEP, codec.divisor)
         for to in range(0, min(len(numbers), int(moves.target.stored[of[0]])), unit):
             first = int(numbers[to])

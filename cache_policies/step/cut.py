@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cache_policies.kernels.moves import Moves
+from cache_policies.kernels.moves import Moves, move
 from cache_policies.retention.base import Seen
 from cache_policies.step.clock import Clock
 from cache_policies.step.heads import Division, Latest, Slots
@@ -273,9 +273,20 @@ class Cuts:
         start = self._start(tuple(k.index.shape[1] for k in kept))
         index, number = _beside([k.index for k in kept]), _beside([k.number for k in kept])
         moves = Moves(source, target, index, number, start)
-        self._rewrite(layer, tokens, kept, moves)
+        if layer.rewrites_all and self._only_moves:
+            size = layer.layout.page_tokens
+            move(layer.kernel, size, layer.pages, tokens.key, tokens.value, moves)
+        else:
+            self._rewrite(layer, tokens, kept, moves)
         for cut, one in zip(self.cuts, kept, strict=True):
             cut.remember(layer, one)
+
+    @property
+    def _only_moves(self) -> bool:
+        """Whether no token changes, and each stays in pages of its own head."""
+        if self.source.uneven or self.target.uneven:
+            return False
+        return not any(cut.retention.rotates or cut.retention.merges for cut in self.cuts)
 
     def _rewrite(self, layer: Layer, tokens: Tokens, kept: list[Kept], moves: Moves) -> None:
         """Move tokens by way of floats, some of which change."""

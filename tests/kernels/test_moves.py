@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies.kernels.cpu import CpuKernel, supported_isas
-from cache_policies.kernels.moves import Moves
+from cache_policies.kernels.moves import Moves, move, move_rows
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.pages.plan import Plan
 from tests.kernels.harness import Setup
@@ -139,3 +139,29 @@ def test_moves_backwards_are_refused() -> None:
     flipped = replace(moves, index=moves.index.flip(1).contiguous())
     with pytest.raises(ValueError, match="in order"):
         kernel.move(setup.pages, key, value, flipped)
+
+
+@settings(max_examples=30, deadline=None)
+@given(policy=st.sampled_from(GROUPED), held=LENGTHS, seed=st.integers(0, 999),
+       ahead=st.integers(1, 7))  # fmt: skip
+def test_pages_that_would_be_written_before_they_are_read_go_by_floats(
+    policy: str, held: int, seed: int, ahead: int
+) -> None:
+    """A request without pages to spare keeps its tokens in its own pages, from another row on."""
+    setup, moves, key, value = _case(policy, [held], seed, in_place=True, mapped=False)
+    size = setup.layout.page_tokens
+    moves = replace(moves, target=replace(moves.target, store_row=moves.source.store_row + ahead))
+    kernel = CpuKernel(setup.layout, setup.shape)
+    expected, got = setup.pages.clone(), setup.pages.clone()
+    move_rows(kernel, expected, key, value, moves)
+    move(kernel, size, got, key, value, moves)
+    rows = -(-int(moves.source.stored[0]) // size)
+    assert moves.mixes_pages(size) == (ahead < rows and int(moves.target.stored[0]) > 0)
+    if moves.mixes_pages(size):
+        assert torch.equal(got, expected)
+        with pytest.raises(ValueError, match="pages are mixed"):
+            kernel.move(got, key, value, moves)
+    else:
+        moved = setup.pages.clone()
+        kernel.move(moved, key, value, moves)
+        assert torch.equal(got, moved)

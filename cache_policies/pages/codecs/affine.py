@@ -114,6 +114,16 @@ class AffineCodec(Codec):
         return (groups * scale + minimum).flatten(2)
 
     def copy(self, source: Views, first: int, target: Views, to: int, count: int) -> None:
+        """Copy tokens as they are stored, without decoding them.
+
+        Args:
+            source: typed views of one page.
+            first: the first token's position in it.
+            target: typed views of another page, or the same; written.
+            to: the first token's position there.
+            count: tokens. All three are multiples of ``PAGE_STEP`` and of a group of tokens.
+
+        """
         for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
             pack, unpack = _PACKING[name]
             codes, there = (unpack(views[name], bits) for views in (source, target))

@@ -120,16 +120,3 @@ class Codec(ABC):
             key and value, each ``[num_kv_heads, count, head_size]`` float32, turned.
 
         """
-
-    def copy(self, source: Views, first: int, target: Views, to: int, count: int) -> None:
-        """Copy tokens as they are stored, without decoding them.
-
-        Args:
-            source: typed views of one page.
-            first: the first token's position in it.
-            target: typed views of another page, or the same; written.
-            to: the first token's position there.
-            count: tokens. All three are multiples of ``PAGE_STEP`` and of a group of tokens.
-
-        """
-        raise NotImplementedError(f"{self.name} copies no tokens")
