@@ -99,7 +99,10 @@ def _accept(server: socket.socket, token: bytes, count: int) -> dict[socket.sock
     while len(peers) < count:
         connection, (host, *_) = server.accept()
         connection.settimeout(MEET_SECONDS)
-        said = connection.recv(len(token) + RANK_BYTES, socket.MSG_WAITALL)
+        try:
+            said = connection.recv(len(token) + RANK_BYTES, socket.MSG_WAITALL)
+        except OSError:  # says nothing, or has left: not one of the ranks
+            said = b""
         if not secrets.compare_digest(said[: len(token)], token):
             connection.close()
             continue
