@@ -45,8 +45,8 @@ class Moves:
             batch.store_row + (batch.stored + page_tokens - 1) // page_tokens
             for batch in (source, target)
         )
-        mixed = (to != begin) & (to < end) & (begin < to_end) & (np.diff(self.start.numpy()) > 0)
-        return bool(mixed.any())
+        writes = (to < to_end) & (np.diff(self.start.numpy()) > 0)
+        return bool((writes & (to != begin) & (to < end) & (begin < to_end)).any())
 
     def wrong(self, page_tokens: int) -> str:
         """What forbids a kernel to move tokens one after the other; empty: nothing."""
