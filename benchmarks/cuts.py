@@ -3,9 +3,10 @@
 Usage: ``python -m benchmarks.cuts [--policy kivi-4bit] [--heads 8] [--head-size 128] [--rounds 9]``
 
 One layer of one request, on the threads that torch takes. Prints milliseconds, the median of the
-rounds, of ``Moving.move`` and of ``read`` and ``write``, which cuts went through before, for a
-prompt of 8192 tokens that keeps 1024: every eighth, the last ones, whose groups stay whole, and
-those beginning one token earlier; and for a request of 1024 tokens that drops one in its own pages.
+rounds, of ``Moving.move`` and of ``read`` and ``write``, which other cuts go through
+(docs/architecture.md), for a prompt of 8192 tokens that keeps 1024: every eighth, the last ones,
+whose groups stay whole, and those beginning one token earlier; and for a request of 1024 tokens
+that drops one in its own pages.
 """
 
 from __future__ import annotations

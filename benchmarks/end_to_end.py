@@ -1,7 +1,7 @@
 """The whole engine decoding at long context: stock vLLM and policies, one after the other.
 
-Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit ...] [--streams 8] [--shared 0]
-[--dtype bfloat16] [--compile]``
+Usage: ``python -m benchmarks.end_to_end [--policy kivi-4bit --policy fp16] [--streams 8]
+[--steps 24] [--shared 0] [--dtype bfloat16] [--compile]``
 
 Every engine runs in a process of its own with the same threads and flags, without a server
 (whose processes would share the cores), eager unless told to compile (which takes minutes and

@@ -57,13 +57,14 @@ def in_use(llm: Any) -> int:
     return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
 
-def engine(model: str, policy: str, **options: Any) -> Any:
+def engine(model: str, policy: str | None, **options: Any) -> Any:
     """An engine in this process."""
     from vllm import LLM
 
     defaults: dict[str, Any] = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 8448, "block_size": 128,
-        "max_num_batched_tokens": 512, "additional_config": {"cache_policy": policy},
+        "max_num_batched_tokens": 512,
+        "additional_config": {"cache_policy": policy} if policy else {},
     }  # fmt: skip
     return LLM(model, **{**defaults, **options})
 
@@ -128,15 +129,16 @@ def pool(policy: str, folder: str, requests: int) -> tuple[int, int, int]:
     return most, before, after
 
 
-def tiny(folder: str) -> None:
-    """A random Llama of one layer with one head of 64."""
+def tiny(folder: str, longest: int = 8448) -> None:
+    """A random Llama of one layer with one head of 64, for so many tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=64, max_position_embeddings=8448,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=64,
+        max_position_embeddings=longest,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -1,7 +1,7 @@
 """Tokens at once in models with sliding windows, read from vLLM's own block pool.
 
 Usage: ``python -m benchmarks.hybrid_capacity [--model gemma3-270m] [--tokens 32768] [--dtype
-bfloat16] [--memory 1024] [--policy kivi-4bit ...]``
+bfloat16] [--memory 1024] [--policy kivi-4bit --policy fp16]``
 
 ``--model`` is an embedded model, a model folder, or a family of ``tests/engine/tiny_models.py``, of
 which a tiny random one is made. Every engine, stock vLLM first, runs in a process of its own and

@@ -8,6 +8,7 @@ the same flags; one request at a time, ``--requests`` of each length. A length i
 answer. What a policy cannot hold is said so (the server refuses to start with it); what would not
 end within the time that is left is not begun. Prints a table with fitted exponents, and leaves
 ``results.json``, ``table.md`` and ``plot.png``; ``--full`` goes to 128K tokens in up to 90 minutes.
+What ``--out`` holds already is shown and not measured again, so a run can go on where one ended.
 
 Models: Gemma 3 270M, trained on 32K tokens, and random weights in the attention shape of
 Llama 3 8B (32 query and 8 KV heads of 128) with two layers and a small MLP, for cost alone.
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.long_context_report import Row, write_report
+from benchmarks.long_context_report import OUT_OF_MEMORY, Row, identity, read_rows, write_report
 from loadtest.commands.process import ServerError, running_server
 from loadtest.commands.run import run_once, safe_name
 from loadtest.commands.session import Settings
@@ -67,6 +68,7 @@ class Model:
         longest: tokens it can take.
         memory: of the cache, in bytes, by default: less than stock vLLM needs for the longest.
         flags: for the server.
+        policies: that it is served under, by default.
 
     """
 
@@ -74,6 +76,7 @@ class Model:
     longest: int
     memory: int
     flags: tuple[str, ...] = ()
+    policies: tuple[str, ...] = POLICIES
 
     def folder(self, out: Path) -> str:
         """What ``kvthrift serve`` is given."""
@@ -84,9 +87,13 @@ MODELS = {
     m.name: m
     for m in (
         Model("gemma3-270m", 32768, 128 << 20),
-        Model(LLAMA, 131072, 512 << 20, ("--load-format", "dummy")),
+        # random weights attend to everything alike: a share of attention would read nearly all
+        Model(
+            LLAMA, 131072, 640 << 20, ("--load-format", "dummy"),
+            (*POLICIES[:-1], "sparse-prefill(topk=32)+kivi-4bit"),
+        ),
     )
-}
+}  # fmt: skip
 
 
 def llama_shape(folder: Path, layers: int = 2) -> Path:
@@ -130,20 +137,25 @@ def expected(rows: list[Row], length: int, requests: int) -> float:
 
 
 def measure(
-    model: Model, policy: str, memory: int, lengths: list[int], until: float, given: Any
+    model: Model, policy: str, memory: int, known: list[Row], until: float, given: Any
 ) -> Iterator[Row]:
-    """Rows of one model and policy; lengths that cannot be held are tried from the longest down."""
+    """Rows of one model and policy that are not known yet.
+
+    Lengths that cannot be held are tried from the longest down.
+    """
     blank = Row(model=model.name, policy=policy, length=0, memory=memory)
-    left = sorted(n for n in lengths if n <= model.longest)
+    known = [r for r in known if replace(blank, length=r.length) == identity(r)]
+    done = {r.length for r in known}
+    left = sorted(n for n in given.lengths if n <= model.longest and n not in done)
     while left:
         try:
             with _server(model, policy, memory, left[-1], given.out) as server:
-                yield from _lengths(blank, server, left, until, given)
+                yield from _lengths(blank, server, left, known, until, given)
             return
         except ServerError as error:
             why = _reason(str(error), given.out)
             yield replace(blank, length=left.pop(), note=why)
-            if not why.startswith("out of memory"):
+            if not why.startswith(OUT_OF_MEMORY):
                 yield from (replace(blank, length=n, note=why) for n in left)
                 return
 
@@ -163,15 +175,15 @@ def _reason(message: str, out: Path) -> str:
     log = (out / "server.log").read_text(encoding="utf-8", errors="replace")
     needed = re.search(r"\(?([\d.]+ GiB) KV cache is needed", log)
     if needed:
-        return f"out of memory: one request needs {needed[1]}"
+        return f"{OUT_OF_MEMORY}: one request needs {needed[1]}"
     errors = [x.strip() for x in log.splitlines() if re.search(r"Error|error:", x)]
     return f"no server: {errors[-1] if errors else message.splitlines()[-1]}"[:300]
 
 
 def _lengths(
-    blank: Row, server: Server, lengths: list[int], until: float, given: Any
+    blank: Row, server: Server, lengths: list[int], known: list[Row], until: float, given: Any
 ) -> Iterator[Row]:
-    rows: list[Row] = []
+    rows = sorted(known, key=lambda r: r.length)
     for length in lengths:
         row = replace(blank, length=length)
         wanted, left = expected(rows, length, given.requests), until - time.monotonic()
@@ -237,7 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the user wants."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_context")
     parser.add_argument("--full", action="store_true", help="all lengths and models, 90 minutes")
-    parser.add_argument("--policy", nargs="+", default=list(POLICIES), dest="policies")
+    parser.add_argument("--policy", nargs="+", dest="policies")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), dest="models")
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--memory", help="of each cache, e.g. 512M (default: by the model)")
@@ -261,15 +273,16 @@ def main() -> None:
     # a terminated run must stop its server too: SystemExit unwinds the context managers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     clock = Clock(given.minutes)
-    rows: list[Row] = []
-    work = [(MODELS[m], p) for m in given.models for p in given.policies]
+    rows = read_rows(given.out)
+    work = [(MODELS[m], p) for m in given.models for p in given.policies or MODELS[m].policies]
     for index, (model, policy) in enumerate(work):
         memory = given.memory or model.memory
         until = clock.share(len(work) - index)
-        for row in measure(model, policy, memory, given.lengths, until, given):
+        for row in measure(model, policy, memory, rows[:], until, given):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
             write_report(rows, given.out)
+    write_report(rows, given.out)
     print((given.out / "table.md").read_text(encoding="utf-8"))
 
 

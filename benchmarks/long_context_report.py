@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 2**20
+OUT_OF_MEMORY = "out of memory"
 HEADINGS = (
     "model", "policy", "tokens", "TTFT s", "outside the engine s", "TPOT ms", "peak pool MiB",
     "of tokens", "peak RSS MiB", "grown by MiB", "",
@@ -25,6 +26,7 @@ PANELS = (
     ("pool_peak", "peak pool, MiB", 1 / MIB),
     ("rss_peak", "peak RSS, MiB", 1 / MIB),
 )
+GROWING = ("ttft", "pool_peak")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ class Row:
     rss_peak: float | None = None
     capacity: int | None = None
     note: str = ""
+
+
+def identity(row: Row) -> Row:
+    """What ran, without results."""
+    return Row(row.model, row.policy, row.length, row.memory)
+
+
+def read_rows(out: Path) -> list[Row]:
+    """Rows that an earlier run left in a folder, but for those it did not come to."""
+    file = out / "results.json"
+    if not file.exists():
+        return []
+    rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    return [r for r in rows if r.ttft is not None or r.note.startswith(OUT_OF_MEMORY)]
 
 
 def exponents(rows: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
@@ -101,7 +117,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.model, row.policy, f"{row.length:,}", number(row.ttft, ".2f"),
         number(row.outside, ".2f"), number(row.tpot, ".1f", 1000),
-        number(row.pool_peak, ".0f", 1 / MIB), number(row.capacity, ","),
+        number(row.pool_peak, ".0f", 1 / MIB), number(row.capacity, ",.0f"),
         number(row.rss_peak, ".0f", 1 / MIB), number(grown, ".0f", 1 / MIB), row.note,
     ]  # fmt: skip
 
@@ -132,7 +148,11 @@ def plot(rows: list[Row]) -> Figure:
             axis.set(title=f"{model}: {title}", xlabel="tokens")
             if axis.lines:
                 axis.set_xscale("log", base=2)
-                axis.set_yscale("log")
+                if name in GROWING:
+                    axis.set_yscale("log", base=2)
+                    axis.yaxis.set_major_formatter("{x:g}")
+                else:  # a logarithm would show noise in full size
+                    axis.set_ylim(bottom=0)
         handles, labels = line[0].get_legend_handles_labels()
         if handles:
             line[0].legend(handles, labels, fontsize=7)

@@ -1,7 +1,7 @@
 """What sparse prefill saves and what it costs in quality, in the engine, beside stock vLLM.
 
-Usage: ``python -m benchmarks.sparse_prefill [--tokens 8192 ...] [--coverage 0.98 ...] [--codec
-fp16 ...] [--keys 3] [--no-kl]``
+Usage: ``python -m benchmarks.sparse_prefill [--tokens 8192 --tokens 16384] [--coverage
+0.98] [--codec fp16] [--chunk 2048] [--keys 3] [--no-kl] [--json FILE]``
 
 smollm2-135m, stretched by YaRN beyond its 8192 tokens. For every length: seconds to the first
 token of stock vLLM and of each codec with and without sparse prefill, seconds of that in attention

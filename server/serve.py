@@ -169,8 +169,6 @@ def run(argv: list[str]) -> None:
     That the policy is in force is checked in every worker (``PolicyGuard``), which fails the
     start otherwise.
     """
-    # The V2 runner builds no logits processors, hence no guard; it needs Triton anyway.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -184,6 +182,8 @@ def run(argv: list[str]) -> None:
     on_cpu = current_platform.is_cpu()
     logger = init_logger("vllm.kvthrift.serve")
     if on_cpu:
+        # what vLLM chooses itself where Triton finds no GPU, but for a warning
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         logger.info(choose_threads(len(os.sched_getaffinity(0))))
     for text in misspelt(os.environ):
         logger.warning(text)

@@ -60,7 +60,7 @@ def _triton_kernel() -> type[Kernel]:
         from cache_policies.kernels.triton.page import interpreting
     except ImportError as error:
         raise PolicyError(
-            f"cache_kernel=triton cannot be loaded: {error}; pip install 'kvthrift[cuda]', or "
+            f"cache_kernel=triton cannot be loaded: {error}; pip install '.[cuda]' in a clone, or "
             "choose cache_kernel=cpu"
         ) from error
     if not torch.cuda.is_available() and not interpreting():

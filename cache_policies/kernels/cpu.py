@@ -43,9 +43,10 @@ class CpuKernel:
         layout: fields of a page.
         shape: heads and scale of the layer.
         isa: instruction set; the best supported one by default.
-        rounding: decode 2 and 4 bit pages by integer dot products, and prefill over them in
-            bfloat16 where the CPU has it; with AMX, over other pages too, floats being sums of
-            two. False computes in float32 instead, to measure the rounding that these add.
+        rounding: decode int8 pages and those of 2 to 4 bits by integer dot products, and prefill
+            over the latter in bfloat16 where the CPU is fast at it; with AMX, over other pages
+            too, floats being sums of two. False computes in float32 instead, to measure the
+            rounding that these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """

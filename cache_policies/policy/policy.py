@@ -1,6 +1,6 @@
 """The policy string: parse, validate, print back.
 
-Grammar: ``term ['+' term]``, a term being ``name`` or ``name(key=value, ...)``. One term may
+Grammar: ``term ('+' term)*``, a term being ``name`` or ``name(key=value, ...)``. One term may
 name a codec (how a stored token is encoded), one another codec for the first and last layers,
 one a retention method (which tokens stay), one a retrieval method (which pages of them a query
 reads), and one sparse prefill (which pages the prompt's queries read)::
@@ -145,7 +145,9 @@ def _edges(codec: Codec, name: str, arguments: str | None) -> EdgeLayers:
 
 
 def parse_method(text: str) -> Method:
-    """Parse what a request may choose: a retention method, a retrieval method, both, or ``all``.
+    """Parse what a request may choose: ``all``, or methods.
+
+    Of retention methods, retrieval methods and sparse prefills one each.
 
     Raises:
         PolicyError: as ``parse``, and for a codec, which is the server's to choose.

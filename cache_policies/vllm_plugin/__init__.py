@@ -1,4 +1,4 @@
-"""The only folder that imports vLLM internals (0.32).
+"""The folder of ``cache_policies`` that imports vLLM's internals (0.32; see ``versions``).
 
 ``register`` is the entry point ``vllm.general_plugins``; vLLM calls it in every process,
 before any configuration exists. It stays light: vLLM only logs an import error here, so
@@ -7,6 +7,7 @@ before any configuration exists. It stays light: vLLM only logs an import error 
 
 BACKEND_PATH = "cache_policies.vllm_plugin.backend.RingStoreBackend"
 GPU_BACKEND_PATH = "cache_policies.vllm_plugin.cuda.GpuBackend"
+FULL_ATTENTION = "full_attention"  # a key of vLLM's AttentionConfig.backend_per_kind
 
 
 def register() -> None:

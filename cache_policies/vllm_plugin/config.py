@@ -31,7 +31,7 @@ class Settings:
 
     Attributes:
         policy: the engine's cache policy.
-        kernel: ``auto``, ``cpu`` or ``reference``.
+        kernel: ``auto``, ``cpu``, ``triton`` or ``reference``.
 
     """
 

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
+from cache_policies.vllm_plugin import FULL_ATTENTION
 from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.config import settings
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-FULL_ATTENTION = "full_attention"  # a key of vLLM's AttentionConfig.backend_per_kind
 BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
 
 

@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
 from cache_policies.errors import PolicyError
-from cache_policies.vllm_plugin import BACKEND_PATH
+from cache_policies.vllm_plugin import BACKEND_PATH, FULL_ATTENTION, GPU_BACKEND_PATH
 from cache_policies.vllm_plugin.config import (
     POLICY_KEY,
     refuse_engine,
@@ -57,12 +57,7 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
             return
         refuse_engine(vllm_config)
         refuse_method(asked.policy.method, vllm_config)
-        active = AttentionBackendEnum.CPU_ATTN.get_path()
-        if active != BACKEND_PATH:
-            raise PolicyError(
-                f"the cache policy is not active in this worker: its attention backend is "
-                f"{active}. Is kvthrift missing from VLLM_PLUGINS, or did its plugin fail to load?"
-            )
+        _refuse_other_backend(vllm_config)
         self.rows = rows_of(vllm_config)
         watch_hosts(vllm_config)
 
@@ -91,6 +86,30 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
 
     def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         return logits
+
+
+def _refuse_other_backend(vllm_config: VllmConfig) -> None:
+    """Refuse to serve with another attention than ours, which would accept and ignore the policy.
+
+    Raises:
+        PolicyError: naming the backend and the way out.
+
+    """
+    on_cpu = current_platform.is_cpu()
+    ours = AttentionBackendEnum.CPU_ATTN if on_cpu else AttentionBackendEnum.CUSTOM
+    active = ours.get_path() if ours.is_overridden() else "vLLM's own"
+    if active != (BACKEND_PATH if on_cpu else GPU_BACKEND_PATH):
+        raise PolicyError(
+            f"the cache policy is not active in this worker: its attention backend is "
+            f"{active}. Is kvthrift missing from VLLM_PLUGINS, or did its plugin fail to load?"
+        )
+    chosen = vllm_config.attention_config.backend_per_kind.get(FULL_ATTENTION)
+    if not on_cpu and chosen is not ours:
+        raise PolicyError(
+            "the cache policy is not active in this worker: vLLM chooses its attention backend "
+            "itself. Start with kvthrift serve, or give --attention-config "
+            f'\'{{"backend_per_kind": {{"{FULL_ATTENTION}": "{ours.name}"}}}}\''
+        )
 
 
 def _refuse_without_policy(params: SamplingParams) -> None:

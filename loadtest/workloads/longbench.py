@@ -173,8 +173,8 @@ DATA_SETS: dict[str, DataSet] = {
 class LongBench(Workload):
     """``rows`` rows (0: all) of each data set, in the order of the files.
 
-    Without ``folder`` the hub is asked (``pip install kvthrift[longbench]``). ``cap`` is the most
-    tokens of a prompt; 0: what the server takes.
+    Without ``folder`` the hub is asked (``pip install '.[longbench]'`` in a clone). ``cap`` is the
+    most tokens of a prompt; 0: what the server takes.
     """
 
     kind: ClassVar[str] = "longbench"
@@ -286,7 +286,7 @@ def hub_rows(task: str, archive: str = HUB) -> Iterator[tuple[str, dict[str, Any
         from datasets import load_dataset
     except ImportError:
         raise LoadTestError(
-            "workload longbench: give folder=..., or pip install 'kvthrift[longbench]'"
+            "workload longbench: give folder=..., or pip install '.[longbench]' in a clone"
         ) from None
     try:
         rows = load_dataset(

@@ -21,7 +21,8 @@ class PolicyTerm(BaseModel):
     name: str = Field(examples=["snapkv"])
     kind: Literal["codec", "retention", "retrieval"] = Field(
         description="codec: how tokens are stored, fixed per server; retention: which tokens stay; "
-        "retrieval: which pages a query reads. A request may choose one of each of the last two."
+        "retrieval: which pages a query reads, sparse-prefill among them. A request may choose one "
+        "retention method, one retrieval method and sparse-prefill together."
     )
     keeps: str = Field(examples=["the prompt's best tokens by its last queries"])
     loses: str = Field(examples=["tokens that the prompt's last queries do not look at"])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -18,9 +19,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin import GPU_BACKEND_PATH, register
 from cache_policies.vllm_plugin.cuda import BLOCK_SIZE, GpuBackend, GpuImpl, choose_backend
+from cache_policies.vllm_plugin.guard import PolicyGuard
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
 
 
 @pytest.fixture
@@ -112,6 +118,37 @@ def test_the_name_without_a_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("cache_policies.vllm_plugin.cuda.get_current_vllm_config", lambda: plain)
     with pytest.raises(PolicyError, match="needs a cache policy"):
         GpuImpl(4, 64, 0.125, 2)
+
+
+@pytest.fixture
+def engine_config(tmp_path: Path) -> Callable[..., VllmConfig]:
+    """An engine's configuration under a policy, of a tiny Llama that is never loaded."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaConfig(hidden_size=256, head_dim=64, **shape).save_pretrained(tmp_path)
+
+    def make(*, chosen: bool) -> VllmConfig:
+        arguments = _arguments(
+            "--model", str(tmp_path), "--skip-tokenizer-init", "--dtype", "float32",
+            "--additional-config", '{"cache_policy": "kivi-4bit"}',
+        )  # fmt: skip
+        if chosen:
+            choose_backend(arguments)
+        return EngineArgs.from_cli_args(arguments).create_engine_config()
+
+    return make
+
+
+def test_the_guard_of_a_worker_lets_the_backend_serve(
+    engine_config: Callable[..., VllmConfig], request: pytest.FixtureRequest
+) -> None:
+    config, other = engine_config(chosen=True), engine_config(chosen=False)
+    request.getfixturevalue("gpu_platform")
+    with pytest.raises(PolicyError, match="vLLM's own"):
+        PolicyGuard(config, torch.device("cpu"), False)
+    register()
+    assert PolicyGuard(config, torch.device("cpu"), False).rows is not None
+    with pytest.raises(PolicyError, match="chooses its attention backend itself"):
+        PolicyGuard(other, torch.device("cpu"), False)
 
 
 def test_attention_config_has_the_field_we_set() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.long_context import ANSWER, LENGTHS, QUICK, expected, parse
-from benchmarks.long_context_report import Row, exponents, write_report
+from benchmarks.long_context import ANSWER, LENGTHS, MODELS, QUICK, expected, measure, parse
+from benchmarks.long_context_report import Row, exponents, read_rows, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,17 @@ def test_the_report_names_what_has_no_number(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "results.json").read_text())
     assert len(found["rows"]) == 4
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_run_goes_on_where_one_ended(tmp_path: Path) -> None:
+    assert read_rows(tmp_path) == []
+    lost = replace(BLANK, policy="stock", length=2**15, note="out of memory: 9 GiB")
+    later = replace(BLANK, length=2**17, note="not begun: about 900 s, 20 s left")
+    write_report([*rows(2.0), later, lost], tmp_path)
+    assert read_rows(tmp_path) == [*rows(2.0), lost]
+    given = parse(["--lengths", "4096", "8192", "--model", "gemma3-270m"])
+    model, until = replace(MODELS["gemma3-270m"], name="m"), time.monotonic()
+    assert list(measure(model, "p", 2**20, rows(2.0), until, given)) == []  # no server is started
 
 
 def test_what_takes_too_long_is_foreseen() -> None:
