@@ -163,6 +163,13 @@ class Span:
         row = self.store_row(computed) + self.plan.store_pages(self._peak_held(computed))
         return max(self.plan.pages(cut), row)
 
+    def most_pages(self, computed: int) -> int:
+        """Pages that the request owns at most on the way to ``computed`` tokens."""
+        cut = self.first_cut
+        if cut is None or computed < cut:
+            return self.pages(computed)
+        return max(self.pages(cut), self.pages(computed) - len(self.given_back(computed)))
+
     def given_back(self, computed: int) -> range:
         """Row indices of the pages that nothing reads once ``computed`` tokens are computed."""
         return range(self.plan.ring_pages, self.store_row(computed))

@@ -53,6 +53,12 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             # vLLM states the size of the whole allocation with each part of it
             page_bytes = pool.kv_cache_tensors[0].size // pool.num_blocks
             manager.attach(self.requests, self.max_model_len, layers, page_bytes)
+        ours = {manager.kv_cache_group_id for manager in self.policy_managers}
+        stock = [g.kv_cache_spec for i, g in enumerate(pool.kv_cache_groups) if i not in ours]
+        self._stock_pages = sum(  # of a request at most, in layers of other kinds
+            -(-spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes)
+            for spec in stock
+        )
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
@@ -81,6 +87,19 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
             refuse_method(manager.method(request), self.vllm_config)
+            self._refuse_size(manager, request)
+
+    def _refuse_size(self, manager: RingStoreManager, request: Request) -> None:
+        """Refuse what would wait forever: the pool is sized for requests of the engine's method."""
+        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        needed = manager.span(request).most_pages(longest) + self._stock_pages
+        room = manager.block_pool.num_gpu_blocks - 1
+        if needed > room:
+            raise PolicyError(
+                f"{longest} tokens of prompt and answer under {manager.method(request)} need "
+                f"{needed} pages of the cache, which has {room}; ask for fewer tokens "
+                f"(max_tokens), or leave out {POLICY_KEY}: the cache is sized for the engine's own"
+            )
 
     def _give_slot(self, request: Request) -> None:
         """Tell the workers where to note what a sparse prefill of this request reads."""

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from cache_policies.pages.plan import Plan
 from cache_policies.policy import Policy, parse
 from cache_policies.policy.layouts import layouts
+from cache_policies.step.request import Engine, span_of
 from cache_policies.vllm_plugin.config import ASYNC_SCHEDULER, SCHEDULER
 from cache_policies.vllm_plugin.manager import RingStoreManager
 
@@ -86,8 +87,21 @@ class RingStoreSpec(FullAttentionSpec):  # type: ignore[misc]
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
         # One page more: what a request keeps may begin on a page of its own.
-        pages = self.plan.pages(vllm_config.model_config.max_model_len) + 1
+        pages = self.most_pages(vllm_config.model_config.max_model_len) + 1
         return int(pages * self.page_size_bytes)
+
+    def most_pages(self, longest: int) -> int:
+        """Pages of a request of so many tokens under the engine's method.
+
+        Less than the tokens take where the method is bounded. What asks for more than the pool
+        has under a method of its own is refused when it comes.
+        """
+        method, whole = self.policy_in_force.method, self.plan.pages(longest)
+        if not method.bounded:
+            return whole
+        engine = Engine(self.plan, len(self.layers), longest, room=None)
+        spans = [span_of(method, engine, prompt) for prompt in (1, longest)]
+        return min(whole, max(span.most_pages(longest) for span in spans))
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Pages given back keep their place in the row; what was kept follows them.

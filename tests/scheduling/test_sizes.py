@@ -1,0 +1,35 @@
+"""What an engine whose own method is bounded needs, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.scheduling.counting import LONGEST, PAGE, Engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_bounded_engine_is_sized_for_its_own_method(llama: Path) -> None:
+    """It needs three pages for any length; what asks for more than there is ends with an error."""
+    policy = "streaming-llm(sinks=4,window=124,interval=64)+fp16"
+    engine = Engine(llama, policy, 5, asynchronous=False)
+    spec = engine.spec
+    assert spec.max_memory_usage_bytes(engine.config) == (2 + 1) * spec.page_size_bytes
+    engine.add("long", [5] * 900, 100, "nonsense")  # the engine's own
+    engine.add("whole", [5] * 900, 100, "all")
+    engine.add("answer", [5] * 30, 600, "all")
+    engine.add("short", [5] * 400, 100, "all")
+    finished = 0
+    while engine.scheduler.requests and finished < 1200:
+        engine.step()
+        finished += 1
+    assert engine.errors == {"whole", "answer"}
+    assert not engine.scheduler.requests
+    assert engine.pool.get_num_free_blocks() == 5 - 1
+
+
+def test_an_engine_whose_method_holds_the_prompt_is_sized_for_it(llama: Path) -> None:
+    for policy in ("snapkv(budget=100)+fp16", "infllm(topk=1,local=128,prefill=bounded)+fp16"):
+        spec = Engine(llama, policy, 20, asynchronous=False).spec
+        assert spec.most_pages(LONGEST) == LONGEST // PAGE
