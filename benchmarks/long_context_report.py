@@ -148,6 +148,7 @@ def plot(rows: list[Row]) -> Figure:
             axis.set(title=f"{model}: {title}", xlabel="tokens")
             if axis.lines:
                 axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
                 if name in GROWING:
                     axis.set_yscale("log", base=2)
                     axis.yaxis.set_major_formatter("{x:g}")

@@ -77,7 +77,7 @@ def test_equals_reference(
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("page_tokens", [32, 64, 128, 256])
+@pytest.mark.parametrize("page_tokens", [32, 64, 128, 256, 512])
 @pytest.mark.parametrize(
     "policy",
     ["raw", "fp16", "int8", "flexgen-4bit(group=16)", "kivi-4bit(group=16,residual=32)",

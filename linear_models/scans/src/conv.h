@@ -22,11 +22,12 @@ static void conv_channels(const Conv& call, int seq, int first, int channels) {
       for (int k = 0; k < tail; k++)
         seen[i][k][lane] = get(state, k * states.row + (first + j) * states.item, states.dtype);
   }
+  const Rows* const ahead[] = {&call.x, &call.out};
   const int64_t end = batch.query_start[seq + 1];
   for (int64_t t = batch.query_start[seq]; t < end; t++)
     for (int i = 0; i < blocks; i++) {
       const int from = first + i * LANES, n = at_most(LANES, channels - i * LANES);
-      for (const Rows* rows : {&call.x, &call.out})
+      for (const Rows* rows : ahead)
         if (t + AHEAD < end)
           __builtin_prefetch(row(*rows, t + AHEAD) + int64_t(from) * bytes_of(rows->dtype));
       Vec sum = bias[i];

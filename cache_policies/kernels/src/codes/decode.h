@@ -20,7 +20,8 @@ enum { MAX_PAGE = 512, MAX_ROUNDED = MAX_PAGE / 32, SCORES = MAX_PAGE + 16 };
 // Scales and minima of a page in float32, converted once for all query heads (KIVI's keys: in the
 // order of `order_row`); minima are those of shifted codes. What no token has written is not read: it may hold a NaN.
 struct PageScales {
-  alignas(32) float key_scale[MAX_PAGE / 32 * 256], key_min[MAX_PAGE / 32 * 256];
+  // of a channel and group of tokens, or of a token and group of at least 16 of 256 channels
+  alignas(32) float key_scale[16 * MAX_PAGE], key_min[16 * MAX_PAGE];
   alignas(32) float key_top[MAX_ROUNDED][8];  // KIVI: of every group, as `lane_tops`
   alignas(32) float value_scale[16 * MAX_PAGE], value_min[16 * MAX_PAGE];
 };

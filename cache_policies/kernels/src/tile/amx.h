@@ -1,5 +1,8 @@
 // Products by AMX's matrix registers: 16 rows of 32 bfloat16 numbers times 32 rows of 16.
 
+// GCC's tile loads do not say that they read memory: what is written before this stays before it.
+KV_INLINE void written() { asm volatile("" ::: "memory"); }
+
 // The layout of the registers, while this lives; then again that of before, which another library
 // of this thread may count on.
 struct MatrixRegisters {
@@ -13,11 +16,12 @@ struct MatrixRegisters {
     alignas(64) Config all = {};
     all.palette = 1;
     for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&all);
+    asm volatile("sttilecfg %0" : "=m"(before));  // GCC's intrinsics name 8 bytes of the 64
+    use(all);
   }
   MatrixRegisters(const MatrixRegisters&) = delete;
-  ~MatrixRegisters() { _tile_loadconfig(&before); }
+  ~MatrixRegisters() { use(before); }
+  static void use(const Config& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 };
 
 struct Operand {
@@ -47,6 +51,7 @@ KV_INLINE void amx_product() {
 template <int MT, int NT, bool ADD>
 static void amx_block(int k, const Operand& a, int64_t a_at, const Operand& b, int64_t b_at, float* c, int ldc) {
   float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
+  written();
   if (ADD) {
     _tile_loadd(0, c, 4 * ldc);
     if (NT == 2) _tile_loadd(1, c1, 4 * ldc);

@@ -52,17 +52,16 @@ KV_INLINE void store_upper(uint16_t* out, __m512i a, __m512i b) {
   }
 }
 KV_INLINE __m512i half_up(fw x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
-KV_INLINE fw without_upper(fw x) {  // exact
-  const __m512i upper = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(int(0xffff0000)));
-  return x - _mm512_castsi512_ps(upper);
+KV_INLINE fw rest_of(fw x) {  // what rounding to bfloat16 takes away; exact
+  return x - _mm512_castsi512_ps(_mm512_and_si512(half_up(x), _mm512_set1_epi32(int(0xffff0000))));
 }
 
-// 16 floats of a and of b to bfloat16; the upper half of a float is its first part where there are two
+// 16 floats of a and of b to bfloat16. The first part is the nearest number, for pages of codes are
+// multiplied by the queries' first part alone; the second one what is left.
 template <bool TURNS>
 KV_INLINE void store_parts(fw a, fw b, int parts, uint16_t* first, uint16_t* second) {
-  if (parts == 1) return store_upper<TURNS>(first, half_up(a), half_up(b));
-  store_upper<TURNS>(first, _mm512_castps_si512(a), _mm512_castps_si512(b));
-  store_upper<TURNS>(second, half_up(without_upper(a)), half_up(without_upper(b)));
+  store_upper<TURNS>(first, half_up(a), half_up(b));
+  if (parts == 2) store_upper<TURNS>(second, half_up(rest_of(a)), half_up(rest_of(b)));
 }
 
 // [rows][columns] floats, a multiple of 16 columns, to rows that end with zeros
