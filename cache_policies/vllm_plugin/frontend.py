@@ -7,6 +7,7 @@ one remembers it and logs nothing. Can go when ``validate_params`` is given the 
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -65,7 +66,8 @@ def check_method(asked: Any) -> Method:
     """
     for vllm_config in _engines:
         if settings(vllm_config) is None:
-            raise PolicyError(f"{POLICY_KEY}={asked!r}: {why_no_policy(vllm_config)}")
+            shown = reprlib.repr(asked)
+            raise PolicyError(f"{POLICY_KEY}={shown}: {why_no_policy(vllm_config)}")
     method = parse_method(asked)
     for vllm_config in _engines:
         refuse_method(method, vllm_config)
