@@ -219,6 +219,8 @@ def test_a_key_that_is_almost_ours_is_refused(key: str) -> None:
         ({"cache_polcy": "h2o"}, "cache_policy belongs into vllm_xargs"),
         ({"prompt_compression": []}, "prompt_compression"),
         ({"vllm_xargs": {"cache_kernel": "cpu"}}, "is the server's"),
+        ({"vllm_xargs": {"kvthrift_mailbox_slot": 1}}, "kvthrift_mailbox_slot is the scheduler's"),
+        ({"vllm_xargs": {"cache_prompt_tokens": 1}}, "cache_prompt_tokens is the scheduler's"),
         ({"vllm_xargs": [1]}, "vllm_xargs must be an object"),
     ],
 )
