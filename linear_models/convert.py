@@ -157,6 +157,6 @@ def _rwkv7(weights: Weights) -> dict[str, Any]:
         "head_dim": _size(weights, f"{ATTENTION}r_k", 1),
         "decay_low_rank_dim": _size(weights, f"{ATTENTION}w1", 1),
         "a_low_rank_dim": _size(weights, f"{ATTENTION}a1", 1),
-        "v_low_rank_dim": _size(weights, values, 1) if "blocks.1.att.r_k" in weights else 1,
+        "v_low_rank_dim": _size(weights, values, 1) if _blocks(weights) > 1 else 1,
         "gate_low_rank_dim": _size(weights, f"{ATTENTION}g1", 1),
     }
