@@ -122,7 +122,7 @@ def test_quest_reads_pages_of_an_answer_longer_than_what_was_kept(retention: str
             torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("retention", filter(_goes_with_infllm, STAYING))
+@pytest.mark.parametrize("retention", [r for r in STAYING if _goes_with_infllm(r)])
 def test_infllm_reads_pages_of_an_answer_longer_than_what_was_kept(retention: str) -> None:
     text, outputs = Text(PROMPT + sum(LONG)), []
     for kernel in (CpuKernel, ReferenceKernel):
