@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Weights = Mapping[str, torch.Tensor]
 
+ATTENTION = "blocks.0.att."
+_NONE = "and so is no RWKV file of its author's"
+
 
 def convert(file: Path, folder: Path) -> Path:
     """Write the folder, which must not hold a model yet.
@@ -30,20 +33,48 @@ def convert(file: Path, folder: Path) -> Path:
         The folder.
 
     Raises:
-        PolicyError: the file is none, or of another version; the folder holds a model.
+        PolicyError: the file is none, or of another version; the folder holds a model, or cannot
+            be written.
 
     """
-    from safetensors.torch import save_file
-
-    if (folder / "config.json").exists():
-        raise PolicyError(f"{folder} holds a model already")
+    present = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    if present:
+        raise PolicyError(f"{folder} holds a model already: {present[0].name}")
     weights = _read(file)
     config = config_of(weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        _write(weights, config, folder)
+    except OSError as error:
+        raise PolicyError(f"{folder} cannot be written: {error}") from error
     return folder
+
+
+def _write(weights: Weights, config: dict[str, Any], folder: Path) -> None:
+    """Give files their names when they are whole, the configuration last."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: folder / f".{name}.part" for name in ("model.safetensors", "config.json")}
+    try:
+        save_file(_apart(weights), parts["model.safetensors"], metadata={"format": "pt"})
+        parts["config.json"].write_text(json.dumps(config, indent=2) + "\n")
+        for name, part in parts.items():
+            part.replace(folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _apart(weights: Weights) -> dict[str, torch.Tensor]:
+    """Weights in rows, each in memory of its own, as safetensors wants them."""
+    found: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, weight in weights.items():
+        place = weight.untyped_storage().data_ptr()
+        found[name] = weight.clone() if place in places else weight
+        found[name] = found[name].contiguous()
+        places.add(place)
+    return found
 
 
 def _read(file: Path) -> Weights:
@@ -53,7 +84,10 @@ def _read(file: Path) -> Weights:
     except Exception as error:
         raise PolicyError(f"{file} cannot be read as weights: {error}") from error
     if not isinstance(found, dict) or "emb.weight" not in found:
-        raise PolicyError(f"{file} has no emb.weight, and so is no RWKV file of its author's")
+        raise PolicyError(f"{file} has no emb.weight, {_NONE}")
+    for name, weight in found.items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            raise PolicyError(f"{file} has an entry {name!r} that is no weight, {_NONE}")
     return found
 
 
@@ -61,35 +95,50 @@ def config_of(weights: Weights) -> dict[str, Any]:
     """The configuration that the shapes of the weights say.
 
     Raises:
-        PolicyError: a version that no model here is for.
+        PolicyError: a version that no model here is for, or a weight that is missing.
 
     """
-    vocabulary, hidden = weights["emb.weight"].shape
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
     common = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(blocks),
-        "intermediate_size": len(weights["blocks.0.ffn.key.weight"]),
+        "vocab_size": _size(weights, "emb.weight", 0),
+        "hidden_size": _size(weights, "emb.weight", 1),
+        "num_hidden_layers": _blocks(weights),
+        "intermediate_size": _size(weights, "blocks.0.ffn.key.weight", 0),
         "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "torch_dtype": str(weights["emb.weight"].dtype).removeprefix("torch."),
     }
-    first = "blocks.0.att."
-    block = {n.removeprefix(first): w for n, w in weights.items() if n.startswith(first)}
-    if "r_k" in block:
-        return {**common, **_rwkv7(block, weights)}
-    decay = block.get("time_decay")
-    if "time_maa_x" not in block and decay is not None and decay.dim() > 1 and decay.shape[1] > 1:
-        return {**common, **_rwkv5(block)}
+    if f"{ATTENTION}r_k" in weights:
+        return {**common, **_rwkv7(weights)}
+    decay = weights.get(f"{ATTENTION}time_decay")
+    heads = decay is not None and decay.dim() > 1 and decay.shape[1] > 1
+    if heads and f"{ATTENTION}time_maa_x" not in weights:
+        return {**common, **_rwkv5(weights)}
     raise PolicyError(
         "neither RWKV-5.2 nor RWKV-7: blocks.0.att has no r_k, no time_decay of heads"
     )
 
 
-def _rwkv5(block: Weights) -> dict[str, Any]:
-    heads, size = block["time_decay"].shape[:2]
+def _blocks(weights: Weights) -> int:
+    """How many there are, of which none may be missing."""
+    found = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    for number in range(len(found)):
+        if str(number) not in found:
+            raise PolicyError(f"the file has no blocks.{number}, {_NONE}")
+    return len(found)
+
+
+def _size(weights: Weights, name: str, dim: int) -> int:
+    """Of a weight that must be there, in one of its dimensions."""
+    if name not in weights:
+        raise PolicyError(f"the file has no {name}, {_NONE}")
+    if weights[name].dim() <= dim:
+        raise PolicyError(f"the file has {name} of shape {[*weights[name].shape]}, {_NONE}")
+    return weights[name].shape[dim]
+
+
+def _rwkv5(weights: Weights) -> dict[str, Any]:
+    heads, size = weights[f"{ATTENTION}time_decay"].shape[:2]
     return {
         "architectures": ["Rwkv5ForCausalLM"],
         "model_type": "rwkv5",
@@ -98,16 +147,16 @@ def _rwkv5(block: Weights) -> dict[str, Any]:
     }
 
 
-def _rwkv7(block: Weights, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _rwkv7(weights: Weights) -> dict[str, Any]:
     if "blocks.0.ffn.s_emb.weight" in weights:
         raise PolicyError("RWKV-7 with embeddings of the channel mix (DeepEmbed) is not known here")
-    values = weights.get("blocks.1.att.v1")  # which the first block has none of
+    values = "blocks.1.att.v1"  # which the first block has none of
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
-        "head_dim": block["r_k"].shape[1],
-        "decay_low_rank_dim": block["w1"].shape[1],
-        "a_low_rank_dim": block["a1"].shape[1],
-        "v_low_rank_dim": 1 if values is None else values.shape[1],
-        "gate_low_rank_dim": block["g1"].shape[1],
+        "head_dim": _size(weights, f"{ATTENTION}r_k", 1),
+        "decay_low_rank_dim": _size(weights, f"{ATTENTION}w1", 1),
+        "a_low_rank_dim": _size(weights, f"{ATTENTION}a1", 1),
+        "v_low_rank_dim": _size(weights, values, 1) if _blocks(weights) > 1 else 1,
+        "gate_low_rank_dim": _size(weights, f"{ATTENTION}g1", 1),
     }

@@ -14,6 +14,7 @@ from torch.nn.functional import group_norm, silu
 from vllm.model_executor.models.interfaces import IsAttentionFree
 from vllm.model_executor.models.utils import WeightsMapper
 
+from cache_policies.errors import PolicyError
 from linear_models.base import empty, linear
 from linear_models.rwkv import AUTHORS_NAMES, AUTHORS_PARTS, RwkvBlock, RwkvForCausalLM
 from linear_models.scans import cpu
@@ -105,8 +106,30 @@ class Block(RwkvBlock):
 
     def rescale(self) -> None:
         """Make what it adds as much smaller as its input is; once, after loading."""
+        if self.smaller == 1:  # quantized weights have no such tensor
+            return
         for module in (self.attention.output, self.feed_forward.value):
             module.weight.data /= self.smaller
+
+
+def refuse_quantized_half(vllm_config: VllmConfig) -> None:
+    """Refuse weights that would have to be made smaller, and are codes.
+
+    Raises:
+        PolicyError: naming the dtypes that need it not.
+
+    """
+    half = vllm_config.model_config.dtype == torch.float16
+    if (
+        half
+        and vllm_config.quant_config is not None
+        and vllm_config.model_config.hf_config.rescale_every
+    ):
+        raise PolicyError(
+            "RWKV-5 in float16 halves its values every few layers and its weights with them, which "
+            f"{vllm_config.quant_config.get_name()} weights cannot be; give --dtype bfloat16 or "
+            "float32"
+        )
 
 
 class Rwkv5ForCausalLM(RwkvForCausalLM, IsAttentionFree):  # type: ignore[misc]
@@ -118,6 +141,10 @@ class Rwkv5ForCausalLM(RwkvForCausalLM, IsAttentionFree):  # type: ignore[misc]
         orig_to_new_substr=AUTHORS_PARTS,
         orig_to_new_suffix={f".time_mix_{name[0]}": f".time_mix_{name}" for name in MIXED},
     )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        refuse_quantized_half(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = super().load_weights(weights)

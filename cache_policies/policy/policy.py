@@ -15,6 +15,7 @@ Without a codec, tokens are stored in float16.
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -38,7 +39,9 @@ DEFAULT_CODEC = "fp16"
 EDGES = EdgeLayers.name
 KEEP_ALL = "all"  # a request's way to say: no retention method, every page is read
 
-_TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\))?\s*")
+LONGEST = 1000  # letters of a policy; a request's text is read where others wait for it
+
+_TERM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\(([^()]*)\)\s*)?")
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,14 @@ def _parse_method(text: str) -> Method:
 
 
 def _string(text: object, allowed: str) -> str:
+    if isinstance(text, str) and len(text) > LONGEST:
+        raise PolicyError(
+            f"cache_policy has {len(text)} letters, and at most {LONGEST} are taken; {allowed}"
+        )
     if not isinstance(text, str) or not text.strip():
-        raise PolicyError(f"cache_policy must be a non-empty string, not {text!r}; {allowed}")
+        raise PolicyError(
+            f"cache_policy must be a non-empty string, not {reprlib.repr(text)}; {allowed}"
+        )
     return text
 
 

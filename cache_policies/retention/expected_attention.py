@@ -56,15 +56,18 @@ class ExpectedAttention(Budgeted):
 
     def score(self, seen: Seen) -> torch.Tensor:
         assert seen.queries is not None
-        mean, covariance = self._future_queries(seen)
-        groups = mean.shape[0] // seen.keys.shape[0]
-        keys = seen.keys.repeat_interleave(groups, 0)
-        scale = seen.queries.scale
-        linear = (keys @ mean[..., None]).squeeze(-1) * scale
-        square = ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
-        sinks = (seen.position < self.sinks).repeat_interleave(groups, 0)
-        logits = (linear + square).masked_fill(sinks, -torch.inf)
-        expected = logits.softmax(-1).unflatten(0, (-1, groups)).mean(1)
+        scale, heads = seen.queries.scale, seen.keys.shape[0]
+        means, covariances = (x.unflatten(0, (heads, -1)) for x in self._future_queries(seen))
+        sinks = seen.position < self.sinks
+        expected = torch.empty_like(sinks, dtype=torch.float32)
+        # One KV head after another: keys are copied for each of its query heads.
+        for head, (keys, mean, covariance) in enumerate(
+            zip(seen.keys, means, covariances, strict=True)
+        ):
+            linear = mean @ keys.T * scale
+            square = ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
+            logits = (linear + square).masked_fill(sinks[head], -torch.inf)
+            expected[head] = logits.softmax(-1).mean(0)
         return (expected + self.epsilon) * seen.values.norm(dim=-1)
 
     def _future_queries(self, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:

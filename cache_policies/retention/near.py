@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+AT_ONCE = 2**25  # probabilities that are in memory together; of one chunk at least
+
 
 @dataclass
 class NearAttention:
@@ -34,8 +36,10 @@ class NearAttention:
         if self.query is not None and self.key is not None:
             query, key = torch.cat([self.query, query]), torch.cat([self.key, key])
         whole = query.shape[0] // self.chunk * self.chunk
-        if whole:
-            self.done.append(self._mass(query[:whole], key[:whole], self.chunk))
+        together = max(1, AT_ONCE // (query.shape[1] * self.chunk**2)) * self.chunk
+        for first in range(0, whole, together):
+            part = slice(first, min(first + together, whole))
+            self.done.append(self._mass(query[part], key[part], self.chunk))
         self.query, self.key = query[whole:].clone(), key[whole:].clone()
 
     def total(self) -> torch.Tensor:

@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from cache_policies.errors import PolicyError
 from cache_policies.retention.base import BOUNDED, FULL, Budgeted
+from cache_policies.retention.snapkv import check_kernel
 
 if TYPE_CHECKING:
     from cache_policies.retention.base import Seen
 
-AT_ONCE = 2**25  # similarities of all heads that are in memory together
+AT_ONCE = 2**25  # similarities of all heads that are in memory together, or probabilities
+WIDEST_WINDOW = 512  # its queries are remembered, and compared with all keys
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class RKV(Budgeted):
     Attributes:
         budget: tokens kept per KV head and layer, the window included.
         ratio: or their share of the prompt.
-        window: last tokens, which observe and are kept.
-        kernel: tokens over which the largest attention counts; odd.
+        window: last tokens, which observe and are kept; at most 512.
+        kernel: tokens over which the largest attention counts; odd, at most 129.
         balance: weight of attention; that of redundancy is what is left to 1.
         similar: cosine above which a key repeats another.
         interval: decode tokens between two cuts.
@@ -52,8 +54,9 @@ class RKV(Budgeted):
 
     def check(self) -> None:
         super().check()
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(f"kernel={self.kernel} is not odd and above 0")
+        check_kernel(self.kernel)
+        if self.window > WIDEST_WINDOW:
+            raise PolicyError(f"window={self.window} is not between 1 and {WIDEST_WINDOW}")
         if not 0 <= self.balance <= 1 or not 0 <= self.similar <= 1:
             raise PolicyError(
                 f"balance={self.balance} or similar={self.similar} is not between 0 and 1"
@@ -74,9 +77,13 @@ class RKV(Budgeted):
         """``[num_kv_heads, n]``: pooled probabilities among the tokens before the window."""
         assert seen.recent is not None
         query = seen.recent.transpose(0, 1).unflatten(0, (keys.shape[0], -1))
-        past = keys[:, : keys.shape[1] - self.window]
-        logits = (query @ past[:, None].transpose(2, 3) * seen.scale).amax(1)
-        mean = logits.softmax(-1).mean(1)
+        past = keys[:, : keys.shape[1] - self.window].transpose(1, 2)
+        total = torch.zeros_like(past[:, 0])
+        rows = max(1, AT_ONCE // (query.shape[1] * total.numel()))
+        for part in query.split(rows, 2):
+            logits = part.flatten(1, 2) @ past * seen.scale
+            total += logits.unflatten(1, part.shape[1:3]).amax(1).softmax(-1).sum(1)
+        mean = total / query.shape[2]
         pooled = functional.max_pool1d(mean, self.kernel, 1, self.kernel // 2)
         return functional.pad(pooled, (0, self.window))
 

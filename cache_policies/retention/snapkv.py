@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from cache_policies.retention.base import Seen
 
 POOLING = ("avg", "max")
+WIDEST_KERNEL = 129  # tokens pooled around each one
+
+
+def check_kernel(kernel: int) -> None:
+    """Refuse a pooling without a middle, or one that would take far more time than the rest.
+
+    Raises:
+        PolicyError: naming the range.
+
+    """
+    if not 1 <= kernel <= WIDEST_KERNEL or kernel % 2 == 0:
+        raise PolicyError(f"kernel={kernel} is not odd and between 1 and {WIDEST_KERNEL}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class SnapKV(Budgeted):
         budget: tokens kept per KV head, the window included.
         ratio: or their share of the prompt.
         window: last tokens of the prompt, which observe and are kept.
-        kernel: tokens pooled around each one; odd.
+        kernel: tokens pooled around each one; odd, at most 129.
         pooling: ``avg`` or ``max``.
 
     """
@@ -47,8 +59,7 @@ class SnapKV(Budgeted):
 
     def check(self) -> None:
         super().check()
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise PolicyError(f"kernel={self.kernel} is not odd and above 0")
+        check_kernel(self.kernel)
         if self.pooling not in POOLING:
             raise PolicyError(f"pooling={self.pooling} is not one of {', '.join(POOLING)}")
 

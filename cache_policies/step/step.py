@@ -288,7 +288,8 @@ class Step:
         """Summaries of the pages in ``middle``; those of new ones are made from their keys."""
         state = self.states[seq]
         assert state is not None
-        assert state.method.retrieval is not None
+        retrieval = state.method.retrieval
+        assert retrieval is not None
         known = state.layers[layer.index]
         have = 0 if known.summary is None else known.summary.shape[1]
         if have < len(middle):
@@ -301,14 +302,12 @@ class Step:
             row = int(batch.host.store_row[seq])
             one = batch.one(seq, held=span.stop, stored=span.stop, store_row=row)
             keys, _ = layer.kernel.read(layer.pages, one, tokens.key, tokens.value, index)
-            if known.mass is None:
-                mass = torch.zeros(index.shape, device=index.device)
-            else:
+            if known.mass is not None and retrieval.OBSERVES:
                 mass = known.mass.view(span.stop)[:, span.start :]
+            else:  # a retention method's own count is not kept up between its cuts
+                mass = torch.zeros(index.shape, device=index.device)
             shape = (len(middle) - have, size)
-            new = state.method.retrieval.summarize(
-                keys.unflatten(1, shape), mass.unflatten(1, shape)
-            )
+            new = retrieval.summarize(keys.unflatten(1, shape), mass.unflatten(1, shape))
             known.summary = new if known.summary is None else torch.cat([known.summary, new], 1)
         assert known.summary is not None
         return known.summary

@@ -7,6 +7,7 @@ one remembers it and logs nothing. Can go when ``validate_params`` is given the 
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -17,10 +18,12 @@ from cache_policies.spelling import refuse_near
 from cache_policies.vllm_plugin.config import (
     KERNEL_KEY,
     POLICY_KEY,
+    PROMPT_KEY,
     refuse_method,
     settings,
     why_no_policy,
 )
+from cache_policies.vllm_plugin.mailbox import SLOT_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,7 +48,7 @@ def check_request(sampling_params: SamplingParams) -> None:
 
 
 def check_keys(extra: dict[str, Any]) -> None:
-    """Refuse keys of ``vllm_xargs`` that would be ignored although a policy was meant.
+    """Refuse keys of ``vllm_xargs`` that are not a request's, or almost one of ours.
 
     Raises:
         PolicyError: naming the right key.
@@ -54,6 +57,9 @@ def check_keys(extra: dict[str, Any]) -> None:
     refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "vllm_xargs")
     if KERNEL_KEY in extra:
         raise PolicyError(f"{KERNEL_KEY} is the server's: kvthrift serve --cache-kernel")
+    for key in (PROMPT_KEY, SLOT_KEY):
+        if key in extra:
+            raise PolicyError(f"{key} is the scheduler's, for the workers; leave it out")
 
 
 def check_method(asked: Any) -> Method:
@@ -65,7 +71,8 @@ def check_method(asked: Any) -> Method:
     """
     for vllm_config in _engines:
         if settings(vllm_config) is None:
-            raise PolicyError(f"{POLICY_KEY}={asked!r}: {why_no_policy(vllm_config)}")
+            shown = reprlib.repr(asked)
+            raise PolicyError(f"{POLICY_KEY}={shown}: {why_no_policy(vllm_config)}")
     method = parse_method(asked)
     for vllm_config in _engines:
         refuse_method(method, vllm_config)

@@ -57,6 +57,7 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         # this worker's KV heads in the layers that share this manager's pages
         self.page_bytes = self.half_bytes_per_token = 0
         self.given_back = 0  # pages, not counted in the metrics yet
+        self._lacking: dict[str, int] = {}  # pages of rows that were given back, by request
         self._engine: Engine | None = None
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
@@ -200,16 +201,17 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         for i in gone:
             row[i] = self._null_block
         self.block_pool.free_blocks(freed)
+        self._lacking[request_id] = len(freed)
         self.given_back += len(freed)
 
     def owned_pages(self, request_id: str) -> int:
         """Pages of the request's row that it still owns."""
-        row = self.req_to_blocks.get(request_id, ())
-        return sum(block is not self._null_block for block in row)
+        return len(self.req_to_blocks.get(request_id, ())) - self._lacking.get(request_id, 0)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if self.req_to_blocks.get(request_id):
             self._publish(self._requests[request_id])
+        self._lacking.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:

@@ -7,6 +7,7 @@ vLLM hands the request to its block managers.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -65,6 +66,8 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         watch_executor(self.vllm_config)
 
     def add_request(self, request: Request) -> None:
+        # Samples of one prompt share theirs where the engine runs in the caller's process.
+        request.sampling_params = copy(request.sampling_params)
         if request.prompt_token_ids is None and request.sampling_params is not None:
             # V1's workers learn a prompt's length from its tokens, which embeddings have none of.
             known = request.sampling_params.extra_args or {}
@@ -77,8 +80,9 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             # Too late for an HTTP 400, which only a check without the model can give: the
             # request ends with an error, by the way vLLM has for its own late refusals.
             logger.error("request %s is refused: %s", request.request_id, error)
-            extra = dict(request.sampling_params.extra_args or {})
-            extra.pop(POLICY_KEY, None)  # until it ends, a plain one
+            known = request.sampling_params.extra_args or {}
+            # until it ends, one under the engine's method, which was given no slot
+            extra = {k: v for k, v in known.items() if k not in {POLICY_KEY, SLOT_KEY}}
             request.sampling_params.extra_args = extra
             end_with_error(self, request.request_id, str(error))
 

@@ -13,6 +13,7 @@ from cache_policies.policy.policy import method_names
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+LONGEST = 4096  # letters of a name with a method
 _ALIAS = re.compile(r"([A-Za-z0-9._/-]+)=(.+)")
 
 
@@ -45,13 +46,17 @@ class ModelNames:
         Names may hold an ``@`` themselves; the longest that is known is taken.
 
         Raises:
-            PolicyError: a method behind an alias, which has one.
+            PolicyError: a method behind an alias, which has one; more letters than ``LONGEST``.
 
         """
         if name in self.served or name in self.adapters:
             return None
         if name in self.aliases:
             return self.first, self.aliases[name]
+        if "@" in name and len(name) > LONGEST:
+            raise PolicyError(
+                f"the model name has {len(name)} letters; with a method at most {LONGEST} are taken"
+            )
         for at in reversed([i for i, letter in enumerate(name) if letter == "@"]):
             base, method = name[:at], name[at + 1 :]
             if base in self.served or base in self.adapters:

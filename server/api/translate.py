@@ -85,18 +85,18 @@ def _refuse_wrong(content: dict[str, Any], path: str, state: ServerState) -> Non
         raise RefusalError(400, "structured_outputs must be an object", "structured_outputs")
     if not isinstance(content.get(XARGS), dict | None):
         raise RefusalError(400, f"{XARGS} must be an object", XARGS)
+    with _refused("body"):
+        refuse_near(content, (XARGS, COMPRESSION), "the request")
     if misplaced := [k for k in content if k == POLICY_KEY or near(k, [POLICY_KEY])]:
         raise RefusalError(
             400, f"{POLICY_KEY} belongs into {XARGS}, or behind the model's name as NAME@METHOD",
             misplaced[0],
         )  # fmt: skip
-    with _refused("body"):
-        refuse_near(content, (XARGS, COMPRESSION), "the request")
-    if path == LOAD_ADAPTER and content.get("lora_name") in state.names.aliases:
+    adapter = content.get("lora_name")
+    if path == LOAD_ADAPTER and isinstance(adapter, str) and adapter in state.names.aliases:
         raise RefusalError(
-            400, f"{content['lora_name']!r} is an alias of this server (--policy-alias)",
-            "lora_name",
-        )  # fmt: skip
+            400, f"{adapter!r} is an alias of this server (--policy-alias)", "lora_name"
+        )
 
 
 def _name_method(content: dict[str, Any], state: ServerState) -> bool:

@@ -14,7 +14,7 @@ from tests.cache_policies.worker import Text, Worker
 TEXT = Text(350)
 METHODS = {**retention_methods(), **RETRIEVAL}
 NUMBERS = {
-    int: (str(LARGEST), str(LARGEST - 1), "65535", "0", "1", "-1", f"-{LARGEST}"),
+    int: (str(LARGEST), str(LARGEST - 1), "65535", "512", "129", "0", "1", "-1", f"-{LARGEST}"),
     float: ("1e-300", "1e9", "0", "-0.0", "1"),
 }
 BESIDE = ("", "budget=64", "ratio=0.2")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +106,20 @@ def test_not_a_string_is_refused(wrong: object) -> None:
     for read in (parse, parse_method):
         with pytest.raises(PolicyError, match="non-empty string"):
             read(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [" " * 200_000, f"h2o{' ' * 200_000}x", f"h2o({'heavy=1,' * 50_000})", [0] * 1_000_000],
+    ids=["spaces", "spaces-within", "parameters", "no-string"],
+)
+def test_what_is_too_long_is_refused_at_once_and_not_repeated(wrong: object) -> None:
+    for read in (parse, parse_method):
+        begin = time.perf_counter()
+        with pytest.raises(PolicyError, match=r"at most 1000 are taken|non-empty string") as caught:
+            read(wrong)  # type: ignore[arg-type]
+        assert time.perf_counter() - begin < 0.1
+        assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("name", [*retention_methods(), *RETRIEVAL])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cache_policies.errors import PolicyError
+from cache_policies.kernels.cpu import CpuKernel
 from cache_policies.kernels.reference import ReferenceKernel
 from cache_policies.policy import parse, parse_method
 from cache_policies.retention import retention_methods
@@ -89,6 +90,49 @@ def test_summaries_follow_every_cut_of_the_answer(retention: str) -> None:
         (output,) = worker.step([(sequence, 1)])
         expected = _expected(TEXT, held, now, topk=2, local=200)
         torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=1e-5)
+
+
+LONG = [39, 1] * 18  # an answer of 720 tokens, computed in few steps
+STAYING = [
+    f"{name}(ratio=0.4{',interval=512' if cls.DECODE_CUTS else ''})"
+    for name, cls in retention_methods().items()
+]
+
+
+def _goes_with_infllm(retention: str) -> bool:
+    try:
+        return parse_method(f"{retention}+infllm").retrieval is not None
+    except PolicyError:
+        return False
+
+
+@pytest.mark.parametrize("retention", STAYING)
+def test_quest_reads_pages_of_an_answer_longer_than_what_was_kept(retention: str) -> None:
+    """They are summarized though nothing was counted in them, alone and beside others' counts."""
+    text, chunks = Text(PROMPT + sum(LONG)), [700, 500]
+    worker = Worker("raw")
+    sequence = worker.start(text, f"{retention}+{QUEST}", PROMPT)
+    worker.run(sequence, chunks)
+    worker.run(worker.start(Text(PROMPT, 1), "h2o(heavy=500,recent=400)", PROMPT), chunks)
+    for fresh in LONG:
+        now, held = sequence.computed, worker.positions(sequence)
+        (output,) = worker.step([(sequence, fresh)])
+        if fresh == 1:
+            expected = _expected(text, held, now, topk=2, local=200)
+            torch.testing.assert_close(output[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("retention", [r for r in STAYING if _goes_with_infllm(r)])
+def test_infllm_reads_pages_of_an_answer_longer_than_what_was_kept(retention: str) -> None:
+    text, outputs = Text(PROMPT + sum(LONG)), []
+    for kernel in (CpuKernel, ReferenceKernel):
+        worker = Worker("raw", kernel=kernel)
+        sequence = worker.start(text, f"{retention}+infllm(topk=1,local=128)", PROMPT)
+        outputs.append(worker.run(sequence, [700, 500, *LONG]))
+        assert sequence.state is not None
+        assert sequence.state.layers[0].summary is not None
+    for got, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("codec", ["raw", "kivi-4bit", "int8"])

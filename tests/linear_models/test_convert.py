@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -64,11 +64,19 @@ def test_a_single_block_has_no_mix_of_values() -> None:
         ({"emb.weight": None}, "has no emb.weight"),
         ({"blocks.0.att.r_k": torch.zeros(2, 64), "blocks.0.ffn.s_emb.weight": torch.zeros(1)},
          "DeepEmbed"),
+        ({"blocks.0.ffn.key.weight": None}, r"the file has no blocks\.0\.ffn\.key\.weight"),
+        ({"blocks.0.att.r_k": torch.zeros(2, 64)}, r"the file has no blocks\.0\.att\.w1"),
+        ({"blocks.0.att.r_k": torch.zeros(64)}, r"has blocks\.0\.att\.r_k of shape \[64\]"),
+        ({"blocks.0.att.r_k": torch.zeros(2, 64), "blocks.0.att.w1": torch.zeros(128, 32),
+          "blocks.0.att.a1": torch.zeros(128, 32)}, r"the file has no blocks\.1\.att\.v1"),
+        ({"emb.weight": torch.zeros(5)}, r"has emb\.weight of shape \[5\]"),
+        ({"blocks.7.ln1.weight": torch.zeros(5)}, r"the file has no blocks\.2, and so is no RWKV"),
+        ({"blocks.x.ln1.weight": torch.zeros(5)}, r"the file has no blocks\.2, and so is no RWKV"),
+        ({"_version": 0.7}, "has an entry '_version' that is no weight"),
+        ({7: torch.zeros(5)}, "has an entry 7 that is no weight"),
     ],
 )  # fmt: skip
-def test_other_files_are_refused(
-    changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
-) -> None:
+def test_other_files_are_refused(changes: dict[Any, Any], message: str, tmp_path: Path) -> None:
     weights = {k: w for k, w in {**rwkv5_weights(), **changes}.items() if w is not None}
     torch.save(weights, tmp_path / "model.pth")
     with pytest.raises(PolicyError, match=message):
@@ -84,7 +92,38 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "nowhere.pth", tmp_path / "folder")
 
 
-def test_a_model_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(PolicyError, match="holds a model already"):
+@pytest.mark.parametrize("present", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_model_is_not_written_over(present: str, tmp_path: Path) -> None:
+    torch.save(rwkv5_weights(), tmp_path / "model.pth")
+    (tmp_path / present).write_text("{}")
+    with pytest.raises(PolicyError, match=f"holds a model already: {present}"):
         convert(tmp_path / "model.pth", tmp_path)
+    assert (tmp_path / present).read_text() == "{}"
+
+
+def test_weights_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    weights = rwkv5_weights()
+    stem = weights["blocks.0.att.key.weight"]
+    weights |= {"head.weight": weights["emb.weight"], "blocks.1.att.key.weight": stem.T}
+    torch.save(weights, tmp_path / "model.pth")
+    convert(tmp_path / "model.pth", tmp_path / "folder")
+    kept = load_file(tmp_path / "folder" / "model.safetensors")
+    assert kept.keys() == weights.keys()
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+
+
+def test_a_folder_that_cannot_be_written_holds_no_half_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(rwkv5_weights(), tmp_path / "model.pth")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolicyError, match="file cannot be written"):
+        convert(tmp_path / "model.pth", tmp_path / "file")
+
+    def full(_: Path, __: str) -> int:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(PolicyError, match="cannot be written: No space left on device"):
+        convert(tmp_path / "model.pth", tmp_path / "folder")
+    assert not [*(tmp_path / "folder").iterdir()]

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLo
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.config import method_of, refuse_engine
 from cache_policies.vllm_plugin.guard import PolicyGuard
+from cache_policies.vllm_plugin.mailbox import SLOT_KEY, mailbox_of, remove_mailbox, slot_of
 from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.rows import Rows
 from cache_policies.vllm_plugin.scheduler import PolicyAsyncScheduler, PolicyScheduler
@@ -58,6 +59,7 @@ def test_a_storm_leaves_every_page_free(llama: Path, policy: str, *, asynchronou
             preemptions += sum(r.num_preemptions for r in alive)
             hits += sum(engine.scheduler._hit_tokens.values())
             _no_page_is_private_twice(engine)
+            _pages_owned_are_those_of_the_rows(engine)
         if rng.random() < 0.1 and engine.scheduler.requests:
             name = rng.choice(list(engine.scheduler.requests))
             engine.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
@@ -70,6 +72,31 @@ def test_a_storm_leaves_every_page_free(llama: Path, policy: str, *, asynchronou
     assert hits
     assert preemptions
     assert engine.pool.get_num_free_blocks() == free
+    assert not engine.manager._lacking
+
+
+def _pages_owned_are_those_of_the_rows(engine: Engine) -> None:
+    for name, row in engine.manager.req_to_blocks.items():
+        assert engine.manager.owned_pages(name) == sum(not block.is_null for block in row)
+
+
+class Uncounted(list[Any]):
+    """A row that nobody may go through."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("every page of the row was looked at")
+
+
+def test_pages_owned_are_known_without_going_through_the_row(llama: Path) -> None:
+    engine = Engine(llama, "fp16", 60, asynchronous=False)
+    engine.add("r", [5] * 500, 8, "snapkv(budget=100)")
+    for _ in range(5):
+        engine.step()
+    assert any(block.is_null for block in engine.manager.req_to_blocks["r"])
+    _pages_owned_are_those_of_the_rows(engine)
+    owned = engine.manager.owned_pages("r")
+    engine.manager.req_to_blocks["r"] = Uncounted(engine.manager.req_to_blocks["r"])
+    assert engine.manager.owned_pages("r") == owned
 
 
 def _no_page_is_private_twice(engine: Engine) -> None:
@@ -136,6 +163,41 @@ def test_a_method_that_the_model_cannot_serve_ends_with_an_error(
         engine.step()
     assert engine.errors == {"bad", "unknown"}
     assert not engine.scheduler.requests
+
+
+SPARSE = "sparse-prefill(exact=0,topk=1)+fp16"
+
+
+def test_a_slot_that_a_client_names_is_not_given_back(llama: Path) -> None:
+    engine = Engine(llama, SPARSE, 60, asynchronous=False)
+    box = mailbox_of(engine.config)
+    free = sorted(box._free)
+    for name, slot in (("taken", box._free[0]), ("none", "x")):
+        extra = {"cache_policy": "snappkv", SLOT_KEY: slot}
+        engine.scheduler.add_request(
+            Request(name, [5] * 30, SamplingParams(max_tokens=4, extra_args=extra), None)
+        )
+    for _ in range(4):
+        engine.step()
+    assert engine.errors == {"taken", "none"}
+    assert sorted(box._free) == free
+    remove_mailbox(engine.config)
+
+
+def test_samples_that_share_their_parameters_have_slots_of_their_own(llama: Path) -> None:
+    """As vLLM gives them to an engine in the caller's process."""
+    engine = Engine(llama, SPARSE, 60, asynchronous=False)
+    box, shared = mailbox_of(engine.config), SamplingParams(max_tokens=2, ignore_eos=True)
+    free = sorted(box._free)
+    for name in ("one", "other"):
+        engine.scheduler.add_request(Request(name, [5] * 30, shared, None))
+    slots = {slot_of(request.sampling_params) for request in engine.scheduler.requests.values()}
+    assert len(slots) == 2
+    while engine.scheduler.has_requests() or engine.in_flight:
+        engine.step()
+    assert sorted(box._free) == free
+    assert not shared.extra_args
+    remove_mailbox(engine.config)
 
 
 def test_a_prompt_streamed_in_pieces_ends_with_an_error(llama: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -155,6 +156,40 @@ def test_what_is_refused() -> None:
     assert not server.asked
     refused(server.post(b"x" * 2000, path="/v1/other"), 413, "over 1000 bytes")
     assert server.post(b"x" * 200, path="/v1/other").status_code == 400  # vLLM's own
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"model": "m", "vllm_xargs": {"cache_policy": " " * 200_000}}, "has 200000 letters"),
+        ({"model": f"m@{' ' * 200_000}"}, "the model name has 200002 letters"),
+        ({"model": "@" * 200_000}, "the model name has 200000 letters"),
+        ({"model": "m", **dict.fromkeys(map("cache_pol{}".format, range(9000)))}, "1000 are taken"),
+        (
+            {"vllm_xargs": dict.fromkeys(map("cache_pol{}".format, range(9000)), 1)},
+            "1000 are taken",
+        ),
+    ],
+    ids=["policy", "name", "ats", "keys", "xargs"],
+)
+def test_what_would_keep_other_requests_waiting_is_refused_at_once(
+    body: dict[str, Any], says: str
+) -> None:
+    server = Server(max_body=1_000_000)
+    begin = time.perf_counter()
+    answer = server.post(body)
+    assert time.perf_counter() - begin < 0.5
+    refused(answer, 400, says)
+    assert len(answer.content) < 1500
+    assert not server.asked
+
+
+def test_a_long_key_is_vllms() -> None:
+    """Compared by its length alone: it is like none of ours."""
+    server = Server(max_body=2_000_000)
+    begin = time.perf_counter()
+    assert server.post({"model": "m", "x" * 1_000_000: 1}).status_code == 200
+    assert time.perf_counter() - begin < 0.5
 
 
 def test_too_much_without_a_length_is_refused_before_it_is_read_whole() -> None:

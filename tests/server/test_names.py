@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse, parse_method
-from cache_policies.spelling import near
+from cache_policies.spelling import LIKE, near
 from cache_policies.vllm_plugin.config import settings
 from server.api.names import ModelNames, parse_aliases
 from server.serve import configure, make_parser
@@ -146,6 +149,9 @@ def test_an_adapter_cannot_take_an_aliass_name(vllm_app: FastAPI) -> None:
     body = {"lora_name": "fast", "lora_path": "x"}
     answer = client.post("/v1/load_lora_adapter", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
+    client = TestClient(vllm_app, raise_server_exceptions=False)
+    wrong = client.post("/v1/load_lora_adapter", json={**body, "lora_name": ["fast"]})
+    assert wrong.status_code in {400, 422}  # vLLM's own
 
 
 class Models:
@@ -213,6 +219,8 @@ def test_a_key_that_is_almost_ours_is_refused(key: str) -> None:
         ({"cache_polcy": "h2o"}, "cache_policy belongs into vllm_xargs"),
         ({"prompt_compression": []}, "prompt_compression"),
         ({"vllm_xargs": {"cache_kernel": "cpu"}}, "is the server's"),
+        ({"vllm_xargs": {"kvthrift_mailbox_slot": 1}}, "kvthrift_mailbox_slot is the scheduler's"),
+        ({"vllm_xargs": {"cache_prompt_tokens": 1}}, "cache_prompt_tokens is the scheduler's"),
         ({"vllm_xargs": [1]}, "vllm_xargs must be an object"),
     ],
 )
@@ -221,6 +229,14 @@ def test_what_would_be_ignored_is_refused(body: dict[str, Any], says: str) -> No
     answer = server.post({"model": "m", **body}, path="/v1/chat/completions/batch")
     assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True)
     assert not server.asked
+
+
+@given(st.sampled_from(["cache_policy", "vllm_xargs"]), st.data())
+def test_what_is_like_ours_is_what_difflib_says(ours: str, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(ours)))
+    name = ours[:start] + data.draw(st.text("cache_polixrgs-A", max_size=8)) + ours[start + 2 :]
+    close = get_close_matches(name.lower(), [ours], n=1, cutoff=LIKE)
+    assert near(name, [ours]) == (None if name == ours or not close else ours)
 
 
 def test_compression_is_refused_where_it_is_not_done() -> None:
