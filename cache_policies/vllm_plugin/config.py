@@ -81,6 +81,12 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
 
     """
     retention, model_config = method.retention, vllm_config.model_config
+    if not method.is_plain and model_config.is_hybrid and vllm_config.use_v2_model_runner:
+        raise PolicyError(
+            f"{method} needs to know which request is in which row of a batch, and vLLM's V2 model "
+            f"runner does not say so for models with layers of constant state such as "
+            f"{model_config.model}; set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if retention is not None and (retention.UNROTATES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
