@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+MOST = 2**26  # probabilities in memory at once; a request may ask for long chunks
+
 
 @dataclass
 class NearAttention:
@@ -48,7 +50,8 @@ class NearAttention:
 
     def _mass(self, query: torch.Tensor, key: torch.Tensor, chunk: int) -> torch.Tensor:
         kv_heads = key.shape[1]
+        rows = max(1, MOST // (query.shape[0] * query.shape[1]))
         query = query.transpose(0, 1).unflatten(1, (-1, chunk)).unflatten(0, (kv_heads, -1))
-        key = key.transpose(0, 1).unflatten(1, (-1, chunk))
-        logits = query @ key.transpose(2, 3)[:, None] * self.scale
-        return logits.softmax(-1).sum(3).mean(1).flatten(1)
+        key = key.transpose(0, 1).unflatten(1, (-1, chunk)).transpose(2, 3)[:, None]
+        parts = ((part @ key * self.scale).softmax(-1).sum(3) for part in query.split(rows, 3))
+        return sum(parts, start=torch.zeros((), device=query.device)).mean(1).flatten(1)

@@ -127,6 +127,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             f"{model.dtype} in {model.model}, whose gated delta net layers vLLM has for CPUs in "
             "bfloat16 only; give --dtype bfloat16",
         ),
+        (model.is_diffusion, f"diffusion models such as {model.model}"),
         (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
         (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
         (
