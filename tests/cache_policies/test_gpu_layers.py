@@ -214,6 +214,7 @@ def test_the_rotary_table_is_where_the_pages_are(
 
 def test_only_a_cpus_heap_is_trimmed(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[str] = []
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
     monkeypatch.setattr("cache_policies.vllm_plugin.backend._trim_heap", lambda: trimmed.append(""))
     monkeypatch.setattr("cache_policies.vllm_plugin.backend._clock.begins_step", lambda _: True)
     attention = layer(config, 0)
