@@ -55,7 +55,7 @@ def engine_config(tmp_path: Path) -> Callable[..., VllmConfig]:
 @pytest.fixture
 def config(engine_config: Callable[..., VllmConfig], monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
     """Of an engine on the V2 runner, as a GPU's."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     made = engine_config()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # vLLM checks for Triton before
     assert made.use_v2_model_runner
     return made

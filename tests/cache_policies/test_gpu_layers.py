@@ -166,8 +166,8 @@ def test_a_policy_that_layers_would_not_have_is_refused(
     engine_config: Callable[..., VllmConfig], request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch, v2: bool, made: list[Any], policy: str, says: str | None,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
     config = engine_config(policy=policy)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
     request.getfixturevalue("gpu_platform")
     register()
     for number, backend in enumerate(made):
