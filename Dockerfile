@@ -91,9 +91,12 @@ CMD ["--help"]
 FROM runtime AS cuda
 # What NVIDIA's container runtime mounts: a driver to compute with, and nvidia-smi.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# gcc: Triton builds its launchers with it.
+# What is compiled at run time lies beside the other compiled things.
+ENV FLASHINFER_WORKSPACE_BASE=/var/cache/kvthrift/compiled \
+    CUDA_CACHE_PATH=/var/cache/kvthrift/compiled/cuda
+# g++: Triton builds its launchers with it, and torch.compile what runs on the host.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build-cuda /opt/kvthrift /opt/kvthrift
 USER 1000

@@ -10,8 +10,11 @@
 PYTHON ?= python3.11
 sources := pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh \
            $(wildcard $(foreach src,cache_policies/kernels/src linear_models/scans/src,$(src)/*.* $(src)/*/*))
-# Nothing is sent out, and models come from the cache only.
-export HF_HUB_OFFLINE := 1
+# With GPU_PYTHON of your own no environment is made: it needs torch, Triton, pytest, hypothesis,
+# numpy and transformers; for gpu-engine also vLLM and this project.
+GPU_PYTHON ?= .venv/bin/python
+# Nothing is sent out, and models come from the cache only; but on a GPU machine, whose cache is empty.
+export HF_HUB_OFFLINE := $(if $(filter .venv/%,$(GPU_PYTHON)),1,0)
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: setup demo test test-triton-all gpu-check gpu-engine test-sanitizers test-vllm-next \
@@ -35,9 +38,6 @@ test: setup
 test-triton-all: setup
 	TRITON_CHECKS=all .venv/bin/python -m pytest -k triton
 
-# With GPU_PYTHON of your own no environment is made: it needs torch, Triton, pytest, hypothesis,
-# numpy and transformers; for gpu-engine also vLLM and this project.
-GPU_PYTHON ?= .venv/bin/python
 gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.$(subst -,_,$@)
 

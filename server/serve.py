@@ -172,6 +172,7 @@ def run(argv: list[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
@@ -185,6 +186,8 @@ def run(argv: list[str]) -> None:
         # what vLLM chooses itself where Triton finds no GPU, but for a warning
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         logger.info(choose_threads(len(os.sched_getaffinity(0))))
+    else:
+        cli_env_setup()  # as vLLM's own command does: CUDA does not survive a fork
     for text in misspelt(os.environ):
         logger.warning(text)
     size_cache(args, utilization, on_cpu=on_cpu)

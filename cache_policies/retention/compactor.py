@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SKETCH = 48  # directions of the projection, as in the paper
 RIDGE = 1e-4  # share of the mean eigenvalue, for keys that span fewer directions
 NEIGHBOURS = 3
-LONGEST_CHUNK = 4096  # its probabilities are in memory, for all query heads
+LONGEST_CHUNK = 4096  # every token attends to so many
 
 
 @dataclass(frozen=True)

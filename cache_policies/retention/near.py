@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-AT_ONCE = 2**25  # probabilities that are in memory together; of one chunk at least
+AT_ONCE = 2**25  # probabilities in memory together; a request may ask for long chunks
 
 
 @dataclass
@@ -36,10 +36,8 @@ class NearAttention:
         if self.query is not None and self.key is not None:
             query, key = torch.cat([self.query, query]), torch.cat([self.key, key])
         whole = query.shape[0] // self.chunk * self.chunk
-        together = max(1, AT_ONCE // (query.shape[1] * self.chunk**2)) * self.chunk
-        for first in range(0, whole, together):
-            part = slice(first, min(first + together, whole))
-            self.done.append(self._mass(query[part], key[part], self.chunk))
+        if whole:
+            self.done.append(self._mass(query[:whole], key[:whole], self.chunk))
         self.query, self.key = query[whole:].clone(), key[whole:].clone()
 
     def total(self) -> torch.Tensor:
@@ -52,7 +50,8 @@ class NearAttention:
 
     def _mass(self, query: torch.Tensor, key: torch.Tensor, chunk: int) -> torch.Tensor:
         kv_heads = key.shape[1]
+        rows = max(1, AT_ONCE // (query.shape[0] * query.shape[1]))
         query = query.transpose(0, 1).unflatten(1, (-1, chunk)).unflatten(0, (kv_heads, -1))
-        key = key.transpose(0, 1).unflatten(1, (-1, chunk))
-        logits = query @ key.transpose(2, 3)[:, None] * self.scale
-        return logits.softmax(-1).sum(3).mean(1).flatten(1)
+        key = key.transpose(0, 1).unflatten(1, (-1, chunk)).transpose(2, 3)[:, None]
+        parts = ((part @ key * self.scale).softmax(-1).sum(3) for part in query.split(rows, 3))
+        return sum(parts, start=torch.zeros((), device=query.device)).mean(1).flatten(1)

@@ -40,9 +40,9 @@ class Rope:
     interleaved: bool = False
 
     @classmethod
-    def none(cls, head_size: int) -> Rope:
+    def none(cls, head_size: int, device: torch.device | None = None) -> Rope:
         """Of a layer without rotary embedding: nothing turns."""
-        return cls(torch.zeros(1, 0), head_size)
+        return cls(torch.zeros(1, 0, device=device), head_size)
 
     def rotate(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """What the model does to ``x`` ``[..., n, head_size]`` at positions ``[n]``."""

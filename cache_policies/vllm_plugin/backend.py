@@ -31,6 +31,7 @@ from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
 from cache_policies.vllm_plugin.key_bias import key_offset, warn_of_bias
 from cache_policies.vllm_plugin.kinds import (
+    ONE_KIND,
     is_full_attention,
     kinds_of,
     next_layer,
@@ -110,6 +111,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
     """Attention of one layer that is ours."""
 
     is_ours = True
+    kv_cache_dtype = "auto"  # any other is refused
     # of this process's engine; set when a layer is made, for a backend is told neither
     config_in_use: Callable[[], VllmConfig | None] = _no_config
     asked: Settings | None = None
@@ -122,7 +124,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         if asked is not None and is_full_attention(*args, **kwargs):
             return super().__new__(cls)
         if asked is not None and asked.policy.edges:
-            raise PolicyError(f"{_ONE_KIND}; layer {next_layer(vllm_config)} is one")
+            raise PolicyError(f"{ONE_KIND}; layer {next_layer(vllm_config)} is one")
         return CPUAttentionBackendImpl(*args, **kwargs)
 
     def __init__(
@@ -156,7 +158,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         asked = settings(vllm_config)
         assert asked is not None
         if asked.policy.edges and vllm_config.model_config.is_hybrid:
-            raise PolicyError(_ONE_KIND + f"; {vllm_config.model_config.model} has")
+            raise PolicyError(f"{ONE_KIND}; {vllm_config.model_config.model} has")
         self.settings: Settings = asked
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
@@ -207,6 +209,10 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
                 module.attn_backend, codec = EdgeBackend, policy.edges.built
             warn_of_bias(module, codec, self._vllm_config, index)
 
+    def forget_pages(self) -> None:
+        """Let go of the pages; the next step has others."""
+        self._layer = None
+
     def do_kv_cache_update(self, *_: Any) -> None:
         """Nothing: ``forward`` writes after it has attended, for the ring is overwritten."""
 
@@ -239,13 +245,14 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
         assert output_scale is None
         assert output_block_scale is None
         if attn_metadata is None:
-            return output
+            return output.fill_(0)
         count = attn_metadata.num_tokens
         if self._layer is None or self._layer.pages.data_ptr() != kv_cache.data_ptr():
             self._layer = self._make_layer(layer, kv_cache)
         if _clock.begins_step(self._layer.index):
             cache_seconds(_clock)
-            _trim_heap()
+            if kv_cache.device.type == "cpu":
+                _trim_heap()
         tokens = Tokens(query[:count], key[:count], value[:count])
         if attn_metadata.step is not None:
             attn_metadata.step.run(self._layer, tokens, output[:count])
@@ -264,7 +271,7 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             layout=layout,
             kernel=self._kernel_class(layout, replace(self.shape, key_offset=offset)),
             pages=kv_cache.flatten(2),
-            rope=rope_of(layer, self.head_size, self._vllm_config),
+            rope=rope_of(layer, self.head_size, self._vllm_config, kv_cache.device),
             scale=self.scale,
             clock=_clock,
         )
@@ -272,12 +279,6 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
 
 _clock = Clock()  # of all layers of this worker
 _trim_heap = HeapTrimmer()
-
-
-_ONE_KIND = (
-    "a cache policy with layers(...) cannot serve a model with layers of another kind than full "
-    "attention"
-)
 
 
 def _plain_step(layer: Layer, batch: Batch, tokens: Tokens, output: torch.Tensor) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionMetadataBuilder
 
 from cache_policies.kernels.contract import Batch
 from cache_policies.kernels.counts import Buffers
 from cache_policies.step.step import Step
-from cache_policies.vllm_plugin.kinds import kinds_of
+from cache_policies.vllm_plugin.kinds import kinds_of, refuse_other_layers
 from cache_policies.vllm_plugin.rows import rows_of
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 from cache_policies.vllm_plugin.stock import StockBuilder
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -52,7 +52,10 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refuse_other_layers(vllm_config)
+        _forget_pages(vllm_config, layer_names, device)
         self.plan = kv_cache_spec.plan
+        self._v2 = vllm_config.use_v2_model_runner
         self.buffers = Buffers(device)
         self.rows = rows_of(vllm_config)
         self.rows.plan, self.rows.layers = self.plan, len(kv_cache_spec.layers)
@@ -89,14 +92,29 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def _states(
         self, common: CommonAttentionMetadata, computed: list[int]
     ) -> list[RequestState | None]:
-        if common.req_idx is None:  # the V1 runner
+        if not self._v2:
             return [self.rows.state(row) for row in range(len(computed))]
         states: list[RequestState | None] = [None] * len(computed)
+        if common.req_idx is None:  # a model under which no method runs, see ``refuse_method``
+            return states
         for row, slot in enumerate(common.req_idx.tolist()):
             # Dummy batches of V2 use the slots of real requests.
             if computed[row] or common.is_prefilling[row]:
                 states[row] = self.rows.state(slot)
         return states
+
+
+def _forget_pages(vllm_config: VllmConfig, names: list[str], device: torch.device) -> None:
+    """Let go of an earlier cache; vLLM makes builders before it allocates another.
+
+    The first one is that of graph profiling, whose memory the second one takes. Its addresses too:
+    a layer that knew the old pages would take the new ones for them.
+    """
+    modules = vllm_config.compilation_config.static_forward_context
+    for name in names:
+        modules[name].impl.forget_pages()
+    if device.type == "cuda":
+        torch.accelerator.empty_cache()
 
 
 class BuilderOfSpec(StockBuilder):

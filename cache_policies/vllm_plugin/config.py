@@ -81,6 +81,12 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
 
     """
     retention, model_config = method.retention, vllm_config.model_config
+    if not method.is_plain and model_config.is_hybrid and vllm_config.use_v2_model_runner:
+        raise PolicyError(
+            f"{method} needs to know which request is in which row of a batch, and vLLM's V2 model "
+            f"runner does not say so for models with layers of constant state such as "
+            f"{model_config.model}; set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if retention is not None and (retention.UNROTATES or retention.rotates):
         refuse_rotary(model_config.hf_text_config)
     cap = getattr(model_config.hf_text_config, "attn_logit_softcapping", None)
@@ -121,6 +127,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             f"{model.dtype} in {model.model}, whose gated delta net layers vLLM has for CPUs in "
             "bfloat16 only; give --dtype bfloat16",
         ),
+        (model.is_diffusion, f"diffusion models such as {model.model}"),
         (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
         (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
         (

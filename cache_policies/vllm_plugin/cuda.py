@@ -19,7 +19,8 @@ from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
 from cache_policies.vllm_plugin import FULL_ATTENTION
 from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
-from cache_policies.vllm_plugin.config import settings
+from cache_policies.vllm_plugin.config import KERNEL_KEY, settings
+from cache_policies.vllm_plugin.kinds import kinds_of, next_layer
 
 if TYPE_CHECKING:
     import argparse
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
+GPU_KERNELS = ("auto", "triton")
 
 
 class GpuBackend(AttentionBackend):  # type: ignore[misc]
@@ -41,8 +43,15 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
     def get_name() -> str:
         return AttentionBackendEnum.CUSTOM.name
 
-    @staticmethod
-    def get_impl_cls() -> type[AttentionImpl]:
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl]:
+        # vLLM derives a backend for chunked local attention from that of full attention.
+        if cls.__name__.startswith("ChunkedLocalAttention"):
+            config = get_current_vllm_config()
+            raise PolicyError(
+                f"a cache policy on a GPU cannot serve chunked local attention; layer "
+                f"{next_layer(config)} of {config.model_config.model} has it; drop --cache-policy"
+            )
         return GpuImpl
 
     @staticmethod
@@ -70,8 +79,12 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
         """Those in which the bytes of a head lie together in a page, wherever the page lies.
 
         The kernels take strides of pages and heads; in other layouts a view of bytes would be a
-        copy, and what is written to it would be lost.
+        copy, and what is written to it would be lost. Beside windows there is one in which vLLM
+        packs pages of unlike sizes: other backends would vote down a mere preference for it.
         """
+        config = RingStoreImpl.config_in_use()
+        if config is not None and kinds_of(config).packed:
+            return (KVCacheLayout.BLHNC,)
         layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC)
         return (*layouts, KVCacheLayout.BHLNC)
 
@@ -98,14 +111,28 @@ class GpuImpl(RingStoreImpl):
                 "the attention backend CUSTOM is kvthrift's and needs a cache policy; drop "
                 "--attention-config, or give --cache-policy"
             )
+        refuse_kernel(asked.kernel)
         RingStoreImpl.config_in_use, RingStoreImpl.asked = weakref.ref(vllm_config), asked
-        return object.__new__(cls)
+        return AttentionImpl.__new__(cls)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         for module in self._modules.values():
             if getattr(module, "attn_backend", None) is EdgeBackend:
                 module.attn_backend = GpuEdgeBackend
+
+
+def refuse_kernel(kernel: str | None) -> None:
+    """Refuse a kernel that a GPU's tensors are not for.
+
+    Raises:
+        PolicyError: naming those that are.
+
+    """
+    if kernel not in {None, *GPU_KERNELS}:
+        raise PolicyError(
+            f"{KERNEL_KEY}={kernel} is not for GPUs; choose one of {', '.join(GPU_KERNELS)}"
+        )
 
 
 def choose_backend(args: argparse.Namespace) -> None:
@@ -115,9 +142,11 @@ def choose_backend(args: argparse.Namespace) -> None:
         args: vLLM's arguments, changed in place.
 
     Raises:
-        PolicyError: another backend was asked for.
+        PolicyError: another backend was asked for, or a kernel that is not for GPUs.
 
     """
+    given = (args.additional_config or {}).get(KERNEL_KEY)
+    refuse_kernel(getattr(args, "cache_kernel", None) or given)
     asked = args.attention_config
     other = getattr(args, "attention_backend", None) or asked.backend
     other = asked.backend_per_kind.get(FULL_ATTENTION, other)

@@ -24,6 +24,7 @@ from cache_policies.vllm_plugin.config import (
 )
 from cache_policies.vllm_plugin.frontend import check_request, note_engine
 from cache_policies.vllm_plugin.hosts import watch_hosts
+from cache_policies.vllm_plugin.kinds import refuse_other_layers
 from cache_policies.vllm_plugin.rows import Rows, rows_of
 from cache_policies.vllm_plugin.seeds import keep_generators_of_incomplete_prompts
 
@@ -42,6 +43,7 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, *given: Any) -> None:
         self.rows: Rows | None = None
+        self._unchecked: VllmConfig | None = None
         v2 = vllm_config.use_v2_model_runner
         self.table = given[0] if v2 else None
         if not v2:
@@ -58,6 +60,10 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         refuse_engine(vllm_config)
         refuse_method(asked.policy.method, vllm_config)
         _refuse_other_backend(vllm_config)
+        if v2:  # which has made the model
+            refuse_other_layers(vllm_config)
+        else:
+            self._unchecked = vllm_config
         self.rows = rows_of(vllm_config)
         watch_hosts(vllm_config)
 
@@ -69,6 +75,9 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         return True
 
     def update_state(self, batch_update: Any) -> None:
+        if self._unchecked is not None:
+            refuse_other_layers(self._unchecked)
+            self._unchecked = None
         if self.rows is not None:
             self.rows.update(batch_update)
             return

@@ -19,10 +19,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from cache_policies.errors import PolicyError
+from cache_policies.vllm_plugin.config import settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+ONE_KIND = (
+    "a cache policy with layers(...) cannot serve a model with layers of another kind than full "
+    "attention"
+)
 FILLED = 0.9  # of a block of the windows that a block of ours fills at least
 
 
@@ -89,6 +94,36 @@ def _local(module: Attention) -> str:
     if isinstance(module, ChunkedLocalAttention):
         return "chunked"
     return "window" if module.sliding_window is not None else ""
+
+
+def refuse_other_layers(vllm_config: VllmConfig) -> None:
+    """Refuse a model of which a policy would leave layers alone whose cache grows, or all layers.
+
+    Raises:
+        PolicyError: naming what was found.
+
+    """
+    model, kinds = vllm_config.model_config.model, kinds_of(vllm_config)
+    for name, module in vllm_config.compilation_config.static_forward_context.items():
+        if _grows(module) and not getattr(module.impl, "is_ours", False):
+            raise PolicyError(
+                "a cache policy cannot serve layers that bring an attention backend of their own; "
+                f"layer {extract_layer_index(name)} of {model} has "
+                f"{module.attn_backend.get_name()}; drop the policy"
+            )
+    if not kinds.ours and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        raise PolicyError(
+            f"a cache policy is for layers of full attention, and {model} has none: its cache "
+            "does not grow; drop the policy"
+        )
+    asked = settings(vllm_config)
+    if asked is not None and asked.policy.edges and not kinds.plain:
+        raise PolicyError(f"{ONE_KIND}; {model} has")
+
+
+def _grows(module: object) -> bool:
+    decoder = isinstance(module, Attention) and module.attn_type == AttentionType.DECODER
+    return decoder and not _local(module)
 
 
 def policy_layers(vllm_config: VllmConfig) -> tuple[int, ...]:

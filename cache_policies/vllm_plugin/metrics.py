@@ -121,7 +121,8 @@ class CacheMetrics:
 def _seconds() -> Counter:
     text = (
         "Seconds of the workers in attention over the cache (counting of scores included), in "
-        "appending (absorbing included), and in choosing and moving what stays."
+        "appending (absorbing included), and in choosing and moving what stays; on a GPU those in "
+        "which the work is launched, not done."
     )
     return Counter("kvthrift_cache_seconds", text, ("part",))
 

@@ -43,18 +43,34 @@ def parent_of(attention: torch.nn.Module) -> torch.nn.Module | None:
     return _parents[attention]() if attention in _parents else None
 
 
-def rope_of(attention: torch.nn.Module, head_size: int, vllm_config: VllmConfig) -> Rope:
-    """The rotary embedding of an attention layer; one that turns nothing where there is none."""
+def rope_of(
+    attention: torch.nn.Module,
+    head_size: int,
+    vllm_config: VllmConfig,
+    device: torch.device | None = None,
+) -> Rope:
+    """The rotary embedding of an attention layer; one that turns nothing where there is none.
+
+    Args:
+        attention: the layer.
+        head_size: its channels of a head.
+        vllm_config: of the engine.
+        device: where the table shall be; None: wherever it is.
+
+    """
     hf_config = vllm_config.model_config.hf_text_config
     try:
         refuse_rotary(hf_config)
     except PolicyError:  # no request that needs it comes here
-        return Rope.none(head_size)
+        return Rope.none(head_size, device)
     parent = parent_of(attention)
     for child in parent.children() if parent is not None else ():
         if isinstance(child, RotaryEmbeddingBase) or hasattr(child, "long_short_cos_sin_cache"):
-            return rope_from(child)
-    return _configured(hf_config, head_size, vllm_config)
+            break
+    else:
+        child = _configured(hf_config, head_size, vllm_config)
+    # The module is moved, which all layers share, and not a table for each of them.
+    return rope_from(child if device is None else child.to(device))
 
 
 def rope_from(module: Any) -> Rope:
@@ -67,13 +83,12 @@ def rope_from(module: Any) -> Rope:
     return Rope(table[short:] if module.use_long_rope else table[:short], module.head_size)
 
 
-def _configured(hf_config: Any, head_size: int, vllm_config: VllmConfig) -> Rope:
+def _configured(hf_config: Any, head_size: int, vllm_config: VllmConfig) -> torch.nn.Module:
     with set_current_vllm_config(vllm_config):
-        module = get_rope(
+        return get_rope(
             head_size,
             max_position=getattr(hf_config, "max_position_embeddings", 8192),
             is_neox_style=hf_config.model_type not in INTERLEAVED,
             rope_parameters=rotary_parameters(hf_config),
             dtype=torch.float32,
         )
-    return rope_from(module)

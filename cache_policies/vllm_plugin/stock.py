@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
-from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.config import settings
-from cache_policies.vllm_plugin.kinds import kinds_of
+from cache_policies.vllm_plugin.kinds import kinds_of, refuse_other_layers
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +38,8 @@ class StockBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         policy, kinds = settings(vllm_config) is not None, kinds_of(vllm_config)
-        if policy and not kinds.ours and vllm_config.parallel_config.pipeline_parallel_size == 1:
-            model = vllm_config.model_config.model
-            raise PolicyError(
-                f"a cache policy is for layers of full attention, and {model} has none: its cache "
-                "does not grow; drop the policy"
-            )
+        if policy:
+            refuse_other_layers(vllm_config)
         beside = policy or bool(kinds.states and kinds.windows)
         self._zeroes = beside and not self.is_encoder_only_attention
         modules = vllm_config.compilation_config.static_forward_context

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import LlamaConfig
 from vllm.config import AttentionConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -18,28 +17,20 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin import GPU_BACKEND_PATH, register
-from cache_policies.vllm_plugin.cuda import BLOCK_SIZE, GpuBackend, GpuImpl, choose_backend
+from cache_policies.vllm_plugin.cuda import (
+    BLOCK_SIZE,
+    GPU_KERNELS,
+    GpuBackend,
+    GpuImpl,
+    choose_backend,
+)
 from cache_policies.vllm_plugin.guard import PolicyGuard
+from tests.cache_policies.conftest import arguments
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
-    from pathlib import Path
 
     from vllm.config import VllmConfig
-
-
-@pytest.fixture
-def gpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A platform that says it is CUDA, and vLLM's registry as it was."""
-    platform = type(current_platform)
-    monkeypatch.setattr(platform, "is_cpu", lambda *_: False)
-    monkeypatch.setattr(platform, "is_cuda_alike", lambda *_: True)
-    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
-
-
-def _arguments(*flags: str) -> argparse.Namespace:
-    return EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
 
 
 @pytest.mark.usefixtures("gpu_platform")
@@ -52,13 +43,13 @@ def test_a_gpu_gets_a_backend_of_its_own_name() -> None:
 
 
 def test_full_attention_layers_get_it_and_other_layers_do_not() -> None:
-    arguments = _arguments()
-    choose_backend(arguments)
-    assert arguments.attention_config.backend is None
-    kinds = arguments.attention_config.backend_per_kind
+    given = arguments()
+    choose_backend(given)
+    assert given.attention_config.backend is None
+    kinds = given.attention_config.backend_per_kind
     assert kinds == {"full_attention": AttentionBackendEnum.CUSTOM}
-    assert arguments.block_size == BLOCK_SIZE
-    kept = _arguments("--block-size", "64")
+    assert given.block_size == BLOCK_SIZE
+    kept = arguments("--block-size", "64")
     choose_backend(kept)
     assert kept.block_size == 64
 
@@ -73,7 +64,22 @@ def test_full_attention_layers_get_it_and_other_layers_do_not() -> None:
 )
 def test_another_backend_is_refused(flags: tuple[str, ...]) -> None:
     with pytest.raises(PolicyError, match="brings its own attention backend; drop"):
-        choose_backend(_arguments(*flags))
+        choose_backend(arguments(*flags))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_a_kernel_for_cpus_is_refused(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed in (None, *GPU_KERNELS):
+        choose_backend(argparse.Namespace(**vars(arguments()), cache_kernel=allowed))
+    with pytest.raises(PolicyError, match=f"{kernel} is not for GPUs; choose one of auto, triton"):
+        choose_backend(argparse.Namespace(**vars(arguments()), cache_kernel=kernel))
+    extra = {"cache_policy": "raw", "cache_kernel": kernel}
+    with pytest.raises(PolicyError, match="is not for GPUs"):
+        choose_backend(arguments("--additional-config", json.dumps(extra)))
+    config = SimpleNamespace(additional_config=extra)  # of a script, which comes by no command
+    monkeypatch.setattr("cache_policies.vllm_plugin.cuda.get_current_vllm_config", lambda: config)
+    with pytest.raises(PolicyError, match="is not for GPUs"):
+        GpuImpl(4, 64, 0.125, 2)
 
 
 def test_vllm_finds_the_configurations_valid_that_the_codecs_take() -> None:
@@ -120,27 +126,12 @@ def test_the_name_without_a_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -
         GpuImpl(4, 64, 0.125, 2)
 
 
-@pytest.fixture
-def engine_config(tmp_path: Path) -> Callable[..., VllmConfig]:
-    """An engine's configuration under a policy, of a tiny Llama that is never loaded."""
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaConfig(hidden_size=256, head_dim=64, **shape).save_pretrained(tmp_path)
-
-    def make(*, chosen: bool) -> VllmConfig:
-        arguments = _arguments(
-            "--model", str(tmp_path), "--skip-tokenizer-init", "--dtype", "float32",
-            "--additional-config", '{"cache_policy": "kivi-4bit"}',
-        )  # fmt: skip
-        if chosen:
-            choose_backend(arguments)
-        return EngineArgs.from_cli_args(arguments).create_engine_config()
-
-    return make
-
-
 def test_the_guard_of_a_worker_lets_the_backend_serve(
-    engine_config: Callable[..., VllmConfig], request: pytest.FixtureRequest
+    engine_config: Callable[..., VllmConfig],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     config, other = engine_config(chosen=True), engine_config(chosen=False)
     request.getfixturevalue("gpu_platform")
     with pytest.raises(PolicyError, match="vLLM's own"):

@@ -69,7 +69,21 @@ def test_compose_gives_gpus_to_what_computes_and_the_cuda_target() -> None:
         assert cuda[name]["image"] == "kvthrift:0.1.0-cuda"
         (devices,) = cuda[name]["deploy"]["resources"]["reservations"]["devices"]
         assert devices == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        assert (base[name]["mem_limit"], cuda[name]["mem_limit"]) == ("8g", "32g")
     assert not any("memory" in flag for flag in cuda["server"]["command"])
+
+
+def test_what_the_image_compiles_at_run_time_is_kept_on_its_volume() -> None:
+    _, _, shared = DOCKERFILE.partition("FROM ${BASE} AS runtime\n")
+    shared, *_ = shared.partition("\nFROM")
+    _, _, stage = DOCKERFILE.partition("FROM runtime AS cuda\n")
+    stage, *_ = stage.partition("\nFROM")
+    places = dict(re.findall(r"([A-Z_]+)=(/var/cache/kvthrift/compiled[a-z/]*)", shared + stage))
+    assert set(places) == {
+        "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+        "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH",
+    }  # fmt: skip
+    assert re.search(r"apt-get install -y --no-install-recommends g\+\+ ", stage)
 
 
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]])

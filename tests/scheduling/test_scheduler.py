@@ -250,6 +250,11 @@ def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(config.parallel_config, "enable_dbo", True)
     with pytest.raises(PolicyError, match="drop --enable-dbo"):
         refuse_engine(config)
+    monkeypatch.setattr(config.parallel_config, "enable_dbo", False)
+    refuse_engine(config)
+    monkeypatch.setattr(config.model_config.hf_config, "canvas_length", 64, raising=False)
+    with pytest.raises(PolicyError, match="diffusion models"):
+        refuse_engine(config)
 
 
 def test_our_overrides_take_what_vllm_gives() -> None:

@@ -8,9 +8,10 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from vllm.platforms import current_platform
 
 from cache_policies.errors import PolicyError
-from server import startup
+from server import serve, startup
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,3 +123,30 @@ def test_vllm_takes_every_core_when_it_is_told_to_reserve_none(
         monkeypatch.setenv(startup.RESERVED, str(reserved))
         used[reserved] = OMPProcessManager(config).cpu_lists[0]
     assert len(used[0]) == len(used[1]) + 1 or len(used[0]) == 1
+
+
+class Stop(Exception):  # noqa: N818  # not an error of its own
+    """The server has come as far as the test wants it."""
+
+
+@pytest.mark.parametrize(("on_cpu", "method"), [(False, "spawn"), (True, None)])
+def test_workers_are_spawned_on_a_gpu_as_by_vllms_own_command(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool, method: str | None
+) -> None:
+    """On a CPU vLLM's platform says it, once it has the engine's configuration."""
+    variable = "VLLM_WORKER_MULTIPROC_METHOD"
+    environment = {k: v for k, v in os.environ.items() if k != variable}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda *_: on_cpu)
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(serve, "size_cache", stop)
+    with pytest.raises(Stop):
+        serve.run(["m"])
+    assert environment.get(variable) == method
+    environment[variable] = "fork"
+    with pytest.raises(Stop):
+        serve.run(["m"])
+    assert environment[variable] == "fork"  # whoever asks for it has it

@@ -147,6 +147,25 @@ def test_pages_with_gaps_between_them_are_read_in_place() -> None:
     assert not whole.cpu()[:, others].any(), "bytes of other layers were written"
 
 
+def test_the_stride_of_a_lone_kv_head_may_be_any() -> None:
+    """What torch makes of it depends on how a tensor of one head was made."""
+    setup = make("fp16", seqs=1, heads=2, kv_heads=1)
+    setup.fill([40])
+    batch, (query, *kv) = setup.batch([40], [3]), setup.tokens(3, seed=7)
+    key, value = (x.as_strided(x.shape, (x.stride(0), 7, 1)) for x in kv)
+    both, output = Both(setup), torch.empty_like(query)
+    both.reference.attend(both.pages, batch, query, *kv, output)
+    there_ = [x.to(both.pages_there.device) for x in (query, key, value)]
+    assert there_[1].stride(1) == 7
+    got = torch.empty_like(there_[0])
+    both.triton.attend(both.pages_there, on_device(batch), *there_, got)
+    torch.testing.assert_close(got.cpu(), output, atol=TOLERANCE[torch.float32], rtol=0)
+    two = make("fp16", seqs=1, heads=2, kv_heads=2)
+    apart = torch.zeros(3, 2, 128)[:, :, :64]
+    with pytest.raises(ValueError, match="key: heads not contiguous"):
+        Both(two).triton.append(two.pages, two.batch([0], [3]), apart, apart)
+
+
 def test_wrong_arguments_are_refused_before_an_address_is_used() -> None:
     setup = make("fp16")
     both, batch = Both(setup), setup.batch([0, 0], [1, 1])

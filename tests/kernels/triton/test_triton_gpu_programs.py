@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_engine import passkeys, rows_of
+from benchmarks import gpu_check, gpu_engine
+from benchmarks.gpu_engine import ENVIRONMENT, agreement, passkeys, rows_of
 from benchmarks.gpu_machine import NO_GPU, Row, save
 from benchmarks.gpu_model import model_rows
 from cache_policies.kernels.cpu import CpuKernel
@@ -66,9 +68,62 @@ def test_triton_results_are_saved_and_a_failure_shows(
     assert [row["passed"] for row in written["rows"]] == [True, None, False]
 
 
-def test_triton_engines_raw_tokens_are_compared_with_stock_ones() -> None:
-    one = {"tokens": [[1, 2]], "passkeys": 8, "of": 8, "tokens_per_second": 10.0}
-    assert rows_of({"stock": one, "raw": one})[0].passed
-    assert not rows_of({"stock": one, "raw": one | {"tokens": [[1, 3]]}})[0].passed
+def test_triton_engines_raw_pages_are_compared_with_stock_ones() -> None:
+    """As far as two kernels can agree in bfloat16: to the token they cannot."""
+    facts = {"passkeys": 8, "of": 8, "tokens_per_second": 10.0}
+    stock = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "first": [{"1": -0.5}, {"5": -2.0}], **facts}
+    assert agreement(stock, stock) == (1.0, 0.0)
+
+    def passed(**changed: Any) -> bool | None:
+        row, *_ = rows_of({"stock": stock, "raw": stock | changed})
+        return row.passed
+
+    assert passed()
+    assert passed(tokens=[[1, 2, 9, 9], [5, 6, 9, 9]])  # they part late
+    assert not passed(tokens=[[1, 2, 9, 9], [5, 9, 9, 9]])  # early
+    assert passed(first=[{"1": -0.6}, {"5": -1.8, "9": -3.0}])
+    assert not passed(first=[{"1": -0.5}, {"5": -2.3}])
+    assert not passed(first=[{"1": -0.5}, {"9": -2.0}])  # not even likely
     for prompt, key in passkeys(4, 20):
         assert prompt.count(key) == 2
+
+
+def test_triton_engines_do_not_fork_after_the_look_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    seen: dict[str, str] = {}
+
+    def look(_: str) -> None:
+        seen.update(os.environ)
+        raise SystemExit(NO_GPU)
+
+    monkeypatch.setattr(gpu_engine, "require_gpu", look)
+    monkeypatch.setattr(sys, "argv", ["gpu_engine", "--engine", "raw"])
+    with pytest.raises(SystemExit):
+        gpu_engine.main()
+    assert seen["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert seen["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+
+
+@pytest.mark.parametrize(("program", "passed"), [("sanitizer", None), ("kernel_tests", False)])
+def test_triton_checks_that_a_sanitizer_slows_down_have_not_failed(
+    monkeypatch: pytest.MonkeyPatch, program: str, passed: bool | None
+) -> None:
+    def slow(*_: Any, timeout: float, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("x", timeout)
+
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "/bin/x")
+    monkeypatch.setattr(gpu_check.subprocess, "run", slow)
+    row = getattr(gpu_check, program)(60)
+    assert (row.passed, row.note) == (passed, "not finished after 60 s")
+
+
+@pytest.mark.parametrize(("python", "offline"), [("python3", "0"), (".venv/bin/python", "1")])
+def test_triton_programs_may_fetch_a_model_on_a_machine_of_their_own(
+    python: str, offline: str
+) -> None:
+    command = ["make", "-npq", "-C", str(ROOT), "gpu-engine", f"GPU_PYTHON={python}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"HF_HUB_OFFLINE := {offline}" in done.stdout.splitlines()
