@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies.kernels.reference import ReferenceKernel
-from cache_policies.retention import near, retention_methods
+from cache_policies.retention import retention_methods
 from tests.cache_policies import oracles
 from tests.cache_policies.worker import (
     GROUP_ERROR,
@@ -283,24 +283,3 @@ def test_1500_decode_tokens_stay_within_the_bound() -> None:
         assert keep < most < keep + 128
         worker.release(sequence)
         assert len(worker.free) == 39
-
-
-def test_long_chunks_are_weighed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key = TEXT.query[:200], TEXT.key[:200]
-
-    def total() -> torch.Tensor:
-        attention = near.NearAttention(64, SCALE)
-        attention.add(query, key)
-        return attention.total()
-
-    whole, sizes = total(), set()
-    monkeypatch.setattr(near, "AT_ONCE", 5 * HEADS * 192)
-    softmax = torch.Tensor.softmax
-
-    def seen(x: torch.Tensor, dim: int) -> torch.Tensor:
-        sizes.add(x.numel())
-        return softmax(x, dim)
-
-    monkeypatch.setattr(torch.Tensor, "softmax", seen)
-    torch.testing.assert_close(total(), whole)
-    assert max(sizes) == near.AT_ONCE

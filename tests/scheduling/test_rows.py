@@ -42,6 +42,7 @@ def build(guard: PolicyGuard, slots: list[int], computed: list[int], fresh: list
         "fp16", (0, 1), edge=False,
     )  # fmt: skip
     builder = object.__new__(RingStoreMetadataBuilder)
+    builder._v2 = True
     assert guard.rows is not None
     builder.plan = guard.rows.plan = spec.plan
     builder.rows, builder.leads = guard.rows, True
