@@ -317,7 +317,7 @@ def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.Mon
         refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "enable_dbo", False)
     refuse_engine(config)
-    monkeypatch.setattr(config.model_config.hf_config, "canvas_length", 64, raising=False)
+    monkeypatch.setitem(config.model_config.__dict__, "is_diffusion", True)
     with pytest.raises(PolicyError, match="diffusion models"):
         refuse_engine(config)
 
