@@ -55,7 +55,7 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         refuse_other_layers(vllm_config)
         _forget_pages(vllm_config, layer_names, device)
         self.plan = kv_cache_spec.plan
-        self._v2 = vllm_config.use_v2_model_runner
+        self.v2 = vllm_config.use_v2_model_runner
         self.buffers = Buffers(device)
         self.rows = rows_of(vllm_config)
         self.rows.plan, self.rows.layers = self.plan, len(kv_cache_spec.layers)
@@ -92,7 +92,7 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def _states(
         self, common: CommonAttentionMetadata, computed: list[int]
     ) -> list[RequestState | None]:
-        if not self._v2:
+        if not self.v2:
             return [self.rows.state(row) for row in range(len(computed))]
         states: list[RequestState | None] = [None] * len(computed)
         if common.req_idx is None:  # a model under which no method runs, see ``refuse_method``

@@ -170,8 +170,13 @@ def test_a_policy_that_layers_would_not_have_is_refused(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
     request.getfixturevalue("gpu_platform")
     register()
-    for number, backend in enumerate(made):
-        (window(config, number) if backend is Windows else layer(config, number, backend))
+    layers = [
+        window(config, number) if backend is Windows else layer(config, number, backend)
+        for number, backend in enumerate(made)
+    ]
+    if says and made[0] is GpuBackend:  # which is asked for a builder, at start on both
+        with pytest.raises(PolicyError, match=says):
+            builder_of(layers[0], config)
     if says is None:
         _guard(config, v2)
     else:

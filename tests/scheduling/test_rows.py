@@ -42,10 +42,9 @@ def build(guard: PolicyGuard, slots: list[int], computed: list[int], fresh: list
         "fp16", (0, 1), edge=False,
     )  # fmt: skip
     builder = object.__new__(RingStoreMetadataBuilder)
-    builder._v2 = True
     assert guard.rows is not None
     builder.plan = guard.rows.plan = spec.plan
-    builder.rows, builder.leads = guard.rows, True
+    builder.rows, builder.leads, builder.v2 = guard.rows, True, True
     builder.buffers = Buffers(torch.device("cpu"))
     guard.rows.layers = len(spec.layers)
     start = torch.tensor([0, *np.cumsum(fresh)], dtype=torch.int32)
