@@ -56,18 +56,16 @@ class ExpectedAttention(Budgeted):
 
     def score(self, seen: Seen) -> torch.Tensor:
         assert seen.queries is not None
-        scale, heads = seen.queries.scale, seen.keys.shape[0]
-        means, covariances = (x.unflatten(0, (heads, -1)) for x in self._future_queries(seen))
+        scale, keys = seen.queries.scale, seen.keys
+        means, covariances = (x.unflatten(0, (len(keys), -1)) for x in self._future_queries(seen))
         sinks = seen.position < self.sinks
-        expected = torch.empty_like(sinks, dtype=torch.float32)
-        # One KV head after another: keys are copied for each of its query heads.
-        for head, (keys, mean, covariance) in enumerate(
-            zip(seen.keys, means, covariances, strict=True)
-        ):
-            linear = mean @ keys.T * scale
+        total = torch.zeros(sinks.shape, device=sinks.device)
+        # A query head of every KV head at a time: keys are copied for each.
+        for mean, covariance in zip(means.unbind(1), covariances.unbind(1), strict=True):
+            linear = (keys @ mean[..., None]).squeeze(-1) * scale
             square = ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
-            logits = (linear + square).masked_fill(sinks[head], -torch.inf)
-            expected[head] = logits.softmax(-1).mean(0)
+            total += (linear + square).masked_fill(sinks, -torch.inf).softmax(-1)
+        expected = total / means.shape[1]
         return (expected + self.epsilon) * seen.values.norm(dim=-1)
 
     def _future_queries(self, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:

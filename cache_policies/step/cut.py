@@ -173,11 +173,10 @@ class Cut:
         known.end = self.before + self.fresh
         known.summary = None  # other tokens are in the pages now
         known.division = kept.division
-        retrieval = self.state.method.retrieval
         if self._is_last:
             known.queries = known.near = None
-        if self._is_last and not (retrieval and retrieval.OBSERVES):
-            known.mass = None
+            if not (self.state.method.retrieval and self.state.method.retrieval.OBSERVES):
+                known.mass = None
         if known.mass is not None:
             known.mass.keep(kept.token)
 
