@@ -85,7 +85,7 @@ def test_preemption_keeps_the_policy(program: Program, tiny: str, methods: list[
     assert small["preemptions"] > 0
     assert small["free"] == small["total"]
     assert all(len(tokens) == 400 for tokens in small["tokens"])
-    assert min(small["undisturbed"]) >= 100
+    assert min(small["undisturbed"]) >= 64
     for got, expected, same in zip(
         small["tokens"], roomy["tokens"], small["undisturbed"], strict=True
     ):
