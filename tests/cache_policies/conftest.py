@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends import registry
 
+from cache_policies.vllm_plugin import frontend, rows
 from cache_policies.vllm_plugin.cuda import choose_backend
 
 if TYPE_CHECKING:
@@ -35,8 +36,11 @@ def gpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def engine_config(tmp_path: Path) -> Callable[..., VllmConfig]:
+def engine_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmConfig]:
     """An engine's configuration under a policy, of a tiny Llama that is never loaded."""
+    # Nothing of it outlives the test.
+    monkeypatch.setattr(rows, "_ROWS", {})
+    monkeypatch.setattr(frontend, "_engines", [])
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaConfig(hidden_size=256, head_dim=64, **shape).save_pretrained(tmp_path)
 
