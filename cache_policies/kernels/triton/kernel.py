@@ -241,7 +241,7 @@ class TritonKernel:
         if splits:
             launch(
                 attending.combine, (lines, heads), sums, part_lse, output, total, tasks.lines,
-                splits + 1, output.stride(0), PAGE=self.page, WIDTH=plans.power(splits + 1),
+                splits + 1, output.stride(0), PAGE=self.page, WIDTH=plans.JOINED,
                 LSE=lse is not None,
             )  # fmt: skip
 

@@ -11,12 +11,8 @@ if TYPE_CHECKING:
     from cache_policies.kernels.triton.page import Page
 
 MOST_SPLITS = 64
+JOINED = 16  # parts of a split store that are joined at a time
 FEW_ROWS = 16  # rows of a block of decode: the least that a matrix instruction takes
-
-
-def power(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
 
 
 @dataclass(frozen=True)

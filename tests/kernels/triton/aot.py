@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from cache_policies.kernels.contract import Mass, Reads
 from cache_policies.kernels.triton.kernel import TritonKernel
@@ -35,10 +36,6 @@ TARGETS = {
 # run what is built for sm_80.
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,33 +202,33 @@ def launches(policy: str, **options: Any) -> dict[str, Launch]:
     return found
 
 
+def specialized(launch: Launch) -> tuple[Any, ...]:
+    """What Triton compiles a launch for, as it decides at run time.
+
+    Returns:
+        of each argument its type and what is known of its value; types, compile-time arguments and
+        known values as its compiler takes them.
+
+    """
+    function, keywords = launch.function, launch.constants | launch.options
+    # NVIDIA's for all targets: AMD's also tells tensors of less than 2 GiB from others.
+    backend = make_backend(TARGETS["sm_80"])
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    bound, found, _ = binder(*launch.arguments, **keywords)
+    _, *packed = function._pack_args(backend, keywords, bound, found, None)
+    return tuple(found), *packed
+
+
 def compiled(name: str, launch: Launch, target: str) -> Compiled:
     """Compile a recorded launch for a target, specialized as Triton specializes at run time."""
-    names, constants = launch.function.arg_names, dict(launch.constants)
+    constants = dict(launch.constants)
     if target == "gfx942":  # Page.of asks torch for this; here the GPU is not torch's
         constants["PAGE"] = replace(constants["PAGE"], precision="ieee")
-    signature, attributes = {}, {}
-    for at, (argument, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        signature[argument], aligned = _type_of(argument, value)
-        if aligned:
-            attributes[(at,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        launch.function,
-        {n: signature[n] for n in names},
-        {(names.index(n),): value for n, value in constants.items()},
-        attributes,
+    _, *source = specialized(replace(launch, constants=constants))
+    binary = triton.compile(
+        ASTSource(launch.function, *source), target=TARGETS[target], options=dict(launch.options)
     )
-    binary = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
     return Compiled(name, target, binary, launch.options["num_warps"], constants)
-
-
-def _type_of(name: str, value: Any) -> tuple[str, bool]:
-    if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return "fp32", False
-    return ("i64" if name in {"page_stride", "head_stride"} else "i32"), value % 16 == 0
 
 
 def report(

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cache_policies.kernels.triton.device.codes import keys, per_token, values
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import (
     chosen_of,
     request_of,
@@ -164,7 +165,7 @@ def rows_of(first, head, fresh, M: tl.constexpr, PAGE: tl.constexpr):
     return query, head_row, live, at, live[:, None] & (columns < PAGE.head_size)
 
 
-@triton.jit
+@launched
 def attend(
     query, key, value, output, part_sum, part_lse, lse, sinks, tasks, query_start, stored_count,
     ring_count, store_row, pages, table, slots, chosen, count, lists, scale, splits, width,
@@ -233,23 +234,31 @@ def attend(
             tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
 
 
-@triton.jit
+@launched
 def combine(part_sum, part_lse, output, lse, lines, parts, output_stride, PAGE: tl.constexpr,
             WIDTH: tl.constexpr, LSE: tl.constexpr):  # fmt: skip
-    """Join the parts of one query and head; ``lines`` are the queries' numbers in the step."""
+    """Join the parts of one query and head, ``WIDTH`` at a time.
+
+    ``lines`` are the queries' numbers in the step.
+    """
     token = tl.load(lines + tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1)
     line = tl.program_id(0).to(tl.int64) * PAGE.heads + head
-    part, columns = tl.arange(0, WIDTH), tl.arange(0, PAGE.width)
-    real = (part < parts)[:, None] & (columns < PAGE.head_size)[None, :]
-    each = tl.load(part_lse + line * parts + part, mask=part < parts, other=float("-inf"))
-    top = tl.max(each, 0)
-    weight = tl.exp2(each - top)
-    total = tl.sum(weight, 0)
-    at = (line * parts + part)[:, None] * PAGE.head_size + columns[None, :]
-    x = tl.load(part_sum + at, mask=real, other=0.0)
-    x = narrow(tl.sum(x * weight[:, None], 0) / total, output.dtype.element_ty)
+    columns = tl.arange(0, PAGE.width)
+    m, l = tl.full((), LEAST, tl.float32), tl.full((), 0.0, tl.float32)
+    acc = tl.zeros([PAGE.width], tl.float32)
+    for begin in range(0, parts, WIDTH):
+        part = begin + tl.arange(0, WIDTH)
+        each = tl.load(part_lse + line * parts + part, mask=part < parts, other=float("-inf"))
+        top = tl.maximum(m, tl.max(each, 0))
+        alpha, weight = tl.exp2(m - top), tl.exp2(each - top)
+        at = (line * parts + part)[:, None] * PAGE.head_size + columns[None, :]
+        real = (part < parts)[:, None] & (columns < PAGE.head_size)[None, :]
+        x = tl.load(part_sum + at, mask=real, other=0.0)
+        acc = acc * alpha + tl.sum(x * weight[:, None], 0)
+        m, l = top, l * alpha + tl.sum(weight, 0)
     at = token * output_stride + head * PAGE.head_size + columns
-    tl.store(output + at, x, mask=columns < PAGE.head_size)
+    result = narrow(acc / l, output.dtype.element_ty)
+    tl.store(output + at, result, mask=columns < PAGE.head_size)
     if LSE:
-        tl.store(lse + token * PAGE.heads + head, top + tl.log2(total))
+        tl.store(lse + token * PAGE.heads + head, m + tl.log2(l))

@@ -26,9 +26,10 @@ def to_numbers(pairs):
     n: tl.constexpr = pairs.shape[0]
     d: tl.constexpr = pairs.shape[1]
     x = pairs | 0x64006400
-    low, high = (x & 0xFFFF).to(tl.uint16), (x >> 16).to(tl.uint16)
-    pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
-    return tl.reshape(pair, (n, 2 * d)) - 1024.0
+    # NVIDIA's assembler makes one instruction of two subtractions, the first in its upper half.
+    high = (x >> 16).to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
+    low = (x & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
+    return tl.reshape(tl.join(low, high), (n, 2 * d))
 
 
 @triton.jit
@@ -127,22 +128,25 @@ def by_channel(rows, FIELD: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
         first = tl.min(tl.reshape(place, (COUNT, TIMES)), 1)
         base = tl.max(tl.reshape(base.to(tl.int64), (COUNT, TIMES)), 1)
         base = base.to(tl.pointer_type(tl.uint8))
-    group = (first + S * STEP) // PAGE.group
-    at = group[:, None] * PAGE.head_size + tl.arange(0, PAGE.width)[None, :]
+    # Groups of 32 tokens or more are those of all streams, which share what is loaded.
+    SKIP: tl.constexpr = S * STEP // PAGE.group * (2 * PAGE.head_size)
+    at = (first // PAGE.group)[:, None] * PAGE.head_size + tl.arange(0, PAGE.width)[None, :]
     x = load_columns(
-        (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at, PAGE
+        (at_rows(base, BLOCK, PAGE) + (FIELD + SKIP)).to(tl.pointer_type(tl.float16)) + at, PAGE
     )
     return repeat_rows(x, GROUP // 32 * STEP)
 
 
 @triton.jit
-def by_token(base, token, valid, FIELD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-             MASK: tl.constexpr):  # fmt: skip
+def by_token(rows, valid, FIELD: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+             BLOCK: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     """Scales of the tokens' groups of channels, each repeated."""
+    base, place, inner, _ = rows
+    FIRST: tl.constexpr = FIELD + S * (32 // PAGE.streams) * 2  # streams share the rest
     COUNT: tl.constexpr = PAGE.width // PAGE.group  # a lone group may be no power of two
     group = tl.arange(0, COUNT)[None, :]
-    at = group * PAGE.tokens + token[:, None]
-    pointer = (at_rows(base, BLOCK, PAGE) + FIELD).to(tl.pointer_type(tl.float16)) + at
+    at = group * PAGE.tokens + (place + inner)[:, None]
+    pointer = (at_rows(base, BLOCK, PAGE) + FIRST).to(tl.pointer_type(tl.float16)) + at
     real = group < PAGE.head_size // PAGE.group
     if MASK:  # what was never written may be NaN, and 0 * NaN is NaN
         x = tl.load(pointer, mask=real & valid[:, None], other=0.0)
@@ -175,8 +179,8 @@ def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
             scale = by_channel(rows, PAGE.key_scale, S, PAGE, BLOCK)
             low = by_channel(rows, PAGE.key_min, S, PAGE, BLOCK)
         else:
-            scale = by_token(base, token, valid, PAGE.key_scale, PAGE, BLOCK, MASK)
-            low = by_token(base, token, valid, PAGE.key_min, PAGE, BLOCK, MASK)
+            scale = by_token(rows, valid, PAGE.key_scale, S, PAGE, BLOCK, MASK)
+            low = by_token(rows, valid, PAGE.key_min, S, PAGE, BLOCK, MASK)
         return x * scale + low
     else:  # octets: [token / 8, channel, token % 8]
         column = tl.arange(0, PAGE.width)[None, :] * 8
@@ -193,8 +197,8 @@ def values(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
     token = place + (S * (32 // PAGE.streams) + inner)
     if PAGE.kind == "codes":
         x = codes(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
-        scale = by_token(base, token, valid, PAGE.value_scale, PAGE, BLOCK, MASK)
-        low = by_token(base, token, valid, PAGE.value_min, PAGE, BLOCK, MASK)
+        scale = by_token(rows, valid, PAGE.value_scale, S, PAGE, BLOCK, MASK)
+        low = by_token(rows, valid, PAGE.value_min, S, PAGE, BLOCK, MASK)
         return x * scale + low
     else:
         column = tl.arange(0, PAGE.width)[None, :]

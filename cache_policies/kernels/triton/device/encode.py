@@ -8,6 +8,7 @@ would round once where the codec rounds twice.
 import triton
 import triton.language as tl
 
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import request_of, run_at, store_of
 from cache_policies.kernels.triton.device.recent import ring_place
 from cache_policies.kernels.triton.device.source import numbered, pending
@@ -169,7 +170,7 @@ def channels(part, WIDTH: tl.constexpr, PAGE: tl.constexpr):
     return part // PARTS, c
 
 
-@triton.jit
+@launched
 def absorb(
     key, value, query_start, stored_count, ring_count, stored_after, store_row, pages, table, slots,
     table_stride, slots_stride, key_stride, value_stride,
@@ -193,7 +194,7 @@ def absorb(
         put(base, k, v, first % PAGE.tokens, c, given, SPAN, WIDTH, PAGE)
 
 
-@triton.jit
+@launched
 def keep_ring(
     key, value, query_start, ring_count, stored_count, stored_after, appended, pages, table, slots,
     table_stride, slots_stride, key_stride, value_stride,
@@ -231,9 +232,9 @@ def put_ring(request, place, k, v, c, valid, PAGE: tl.constexpr):
     tl.store(base[:, None] + PAGE.head_size + c[None, :], v, mask=real)
 
 
-@triton.jit
+@launched
 def write(
-    inverse, key, value, stored, held, stride, pages, row, slots, store_row, slots_stride,
+    inverse, key, value, stored, held, head_rows, pages, row, slots, store_row, slots_stride,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
@@ -247,11 +248,13 @@ def write(
     )
     if RING:
         slot = stored + place
-        k, v, given = numbered(inverse, key, value, held, stride, head, slot, c, slot < held, PAGE)
+        k, v, given = numbered(
+            inverse, key, value, held, head_rows, head, slot, c, slot < held, PAGE
+        )
         put_ring(request, place, k, v, c, given, PAGE)
     else:
         k, v, given = numbered(
-            inverse, key, value, held, stride, head, place, c, place < stored, PAGE
+            inverse, key, value, held, head_rows, head, place, c, place < stored, PAGE
         )
         if tl.max(given.to(tl.int32), 0) > 0:  # the place of a page that a head lacks is another's
             base = run_at(store_of(request, store_row, PAGE), first // PAGE.tokens, PAGE)

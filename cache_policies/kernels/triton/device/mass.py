@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cache_policies.kernels.triton.device.attend import capped, for_store, store_scores
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import (
     chosen_of,
     page_number,
@@ -34,10 +35,10 @@ def add(out, at, x, valid):
     tl.store(out + at, tl.load(out + at, mask=valid, other=0.0) + x, mask=valid)
 
 
-@triton.jit
+@launched
 def mass(
     query, key, lse, query_start, stored_count, ring_count, store_row, first_query, first_token,
-    place, out, pages, table, slots, chosen, count, lists, flags, scale, out_stride, width,
+    place, out, pages, table, slots, chosen, count, lists, flags, scale, mass_stride, width,
     list_queries, flag_pages, table_stride, slots_stride, query_stride, key_stride,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RECENT: tl.constexpr,
@@ -60,7 +61,7 @@ def mass(
         flags += (number * PAGE.kv_heads + head).to(tl.int64) * flag_pages
         limit = tokens_to_read(store, stored, PAGE, READS)
         since = tl.minimum(tl.load(first_token + seq) // PAGE.tokens * PAGE.tokens, stored)
-        out += offset + head.to(tl.int64) * out_stride
+        out += offset + head.to(tl.int64) * mass_stride
         end = fresh * GROUP
         store_tiles, ring_tiles = tl.cdiv(limit, BLOCK), tl.cdiv(ring, RECENT)
         if tile < store_tiles:

@@ -14,6 +14,7 @@ from cache_policies.kernels.triton.device.attend import (
     softmax_start,
     store_scores,
 )
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.mass import count_store
 from cache_policies.kernels.triton.device.place import chosen_of, request_of, tile_of
 from cache_policies.kernels.triton.device.recent import fresh_at, recent, ring_at
@@ -33,7 +34,7 @@ def add_recent(m, l, q, k, seen, scale, PAGE: tl.constexpr):
     return add_scores(m, l, tl.where(seen, x, float("-inf")))
 
 
-@triton.jit
+@launched
 def sums(
     query, key, position, lse, sinks, blocks, query_start, stored_count, ring_count, store_row,
     pages, table, slots, scale, table_stride, slots_stride, query_stride, key_stride,
@@ -77,7 +78,7 @@ def sums(
     tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
 
 
-@triton.jit
+@launched
 def shares(
     query, lse, blocks, stored_count, store_row, out, pages, table, slots, scale, table_stride,
     slots_stride, query_stride, out_stride, page_stride: tl.int64, head_stride: tl.int64,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import request_of, run_at
 from cache_policies.kernels.triton.device.source import pending
 
@@ -70,9 +71,9 @@ def decoded(base, token, c, real, valid, PAGE: tl.constexpr):
     return k, v
 
 
-@triton.jit
+@launched
 def read(
-    index, key, value, out_key, out_value, stored, ring, start, count, stride, pages, row,
+    index, key, value, out_key, out_value, stored, ring, start, count, head_rows, pages, row,
     slots, store_row, slots_stride, key_stride, value_stride,
     page_stride: tl.int64, head_stride: tl.int64,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,7 +82,7 @@ def read(
     head, c = tl.program_id(1), tl.arange(0, PAGE.width)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < count
-    number = tl.load(index + head * stride + i, mask=live, other=-1)
+    number = tl.load(index + head * head_rows + i, mask=live, other=-1)
     channel = (c < PAGE.head_size)[None, :]
     far = (number >= 0) & (number < stored)
     request = request_of(
@@ -93,7 +94,7 @@ def read(
     near = live & (number >= stored)
     k_near, v_near = pending(request, key, value, key_stride, value_stride, start, ring,
                              number - stored, c, near, PAGE)  # fmt: skip
-    at = (head * stride + i).to(tl.int64)[:, None] * PAGE.head_size + c[None, :]
+    at = (head * head_rows + i).to(tl.int64)[:, None] * PAGE.head_size + c[None, :]
     real = live[:, None] & channel
     tl.store(out_key + at, tl.where(near[:, None], k_near, k), mask=real)
     tl.store(out_value + at, tl.where(near[:, None], v_near, v), mask=real)

@@ -28,11 +28,11 @@ def pending(request, key, value, key_stride, value_stride, start, ring, j, c, va
 
 
 @triton.jit
-def numbered(inverse, key, value, held, stride, head, slot, c, valid, PAGE: tl.constexpr):
-    """Rows of ``key``, ``stride`` of them a head, for slots, and whether there is one."""
+def numbered(inverse, key, value, held, head_rows, head, slot, c, valid, PAGE: tl.constexpr):
+    """Rows of ``key``, ``head_rows`` of them a head, for slots, and whether there is one."""
     at = tl.load(inverse + head * held + slot, mask=valid, other=-1)
     given = at >= 0
-    line = (head * stride + tl.where(given, at, 0)).to(tl.int64)[:, None] * PAGE.head_size
+    line = (head * head_rows + tl.where(given, at, 0)).to(tl.int64)[:, None] * PAGE.head_size
     real = given[:, None] & (c < PAGE.head_size)[None, :]
     k = tl.load(key + line + c[None, :], mask=real, other=0.0).to(tl.float32)
     return k, tl.load(value + line + c[None, :], mask=real, other=0.0).to(tl.float32), given

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.types import narrow
 
 
@@ -24,7 +25,7 @@ def rotated(x, PAGE: tl.constexpr):
     return x * PAGE.rotation_scale
 
 
-@triton.jit
+@launched
 def turn(x, out, offset, count, stride, head_stride, out_stride, out_head_stride,
          PAGE: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
          BACK: tl.constexpr):  # fmt: skip
