@@ -45,8 +45,7 @@ class CpuKernel:
         isa: instruction set; the best supported one by default.
         rounding: decode int8 pages and those of 2 to 4 bits by integer dot products, and prefill
             over the latter in bfloat16 where the CPU is fast at it; with AMX, over other pages
-            too, floats being sums of two. False computes in float32 instead, to measure the
-            rounding that these add.
+            too, floats being sums of two. False: in float32, to measure what these add.
         num_threads: OpenMP threads; 0 takes the runtime's own number.
 
     """
