@@ -118,11 +118,12 @@ def test_head_and_page_sizes(head_size: int, page_tokens: int, policy: str) -> N
     compare(setup, [(300, 1), (97, 40)] if ALL else [(170, 1), (33, 3)])
 
 
-@pytest.mark.parametrize("splits", [1, 3, 16] if ALL else [3])
+@pytest.mark.parametrize("splits", [1, 3, 19] if ALL else [3, 19])
 @pytest.mark.parametrize("policy", POLICIES if ALL else ("fp16", "kivi-2bit"))
 def test_splits_do_not_change_the_result(policy: str, splits: int) -> None:
-    setup = make(policy, seqs=1, heads=3, kv_heads=1, max_tokens=900)
-    compare(setup, [(800, 1)], splits=splits)
+    """Nor does their number, beyond those that are joined at a time."""
+    setup = make(policy, seqs=1, heads=3, kv_heads=1, max_tokens=1400)
+    compare(setup, [(1300, 1)], splits=splits)
 
 
 def test_pages_with_gaps_between_them_are_read_in_place() -> None:
