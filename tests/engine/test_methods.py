@@ -68,7 +68,7 @@ METHODS_OF_A_SMALL_POOL = [
      "snapkv(budget=300,heads=adaptive)"],
     ["compactor(budget=150)", "r-kv(budget=150)", "lagkv(budget=270,merge=values)",
      "r-kv(budget=90)", "snapkv(budget=300)+quest(topk=1)", "knorm(budget=90,merge=values)",
-     "compactor(budget=270)", "streaming-llm(window=300)+infllm(topk=1,local=128)"],
+     "compactor(budget=270)", "knorm(budget=300)+quest(topk=1)"],
 ]  # fmt: skip
 
 
