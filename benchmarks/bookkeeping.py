@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.end_to_end import ENVIRONMENT, MARK
+from benchmarks.end_to_end import MARK, result_of
 from benchmarks.eviction import engine, tiny
 
 if TYPE_CHECKING:
@@ -91,18 +89,6 @@ def measure(policy: str, folder: str, lengths: list[int]) -> list[dict[str, floa
     return rows
 
 
-def in_process(policy: str, folder: str, lengths: list[int]) -> list[dict[str, float]]:
-    """``measure`` in a process of its own."""
-    given = json.dumps([policy, folder, lengths])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bookkeeping", "--call", given],
-        check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-    line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
-    found: list[dict[str, float]] = json.loads(line.removeprefix(MARK))
-    return found
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bookkeeping")
@@ -118,7 +104,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny(folder, longest=max(given.lengths))
         for policy in given.policies:
-            for row in in_process(policy, folder, given.lengths):
+            arguments = json.dumps([policy, folder, given.lengths])
+            for row in result_of(
+                [sys.executable, "-m", "benchmarks.bookkeeping", "--call", arguments]
+            ):
                 cells = row["seconds"], row["hashing"], row["scheduling"]
                 line = "".join(f"{c:19.3f}" for c in cells)
                 line += "".join(f"{1000 * row[n]:19.2f}" for n in ("step", "step_scheduling"))

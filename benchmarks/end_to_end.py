@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 from loadtest.workloads.haystack import ESSAY
 
@@ -33,6 +34,15 @@ ENVIRONMENT = {
 }
 MARK = "result: "
 WORDS = 5300  # of a prompt
+
+
+def result_of(command: list[str]) -> Any:
+    """What a program printed as JSON behind ``MARK``, in a process of its own."""
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
+    )
+    line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
+    return json.loads(line.removeprefix(MARK))
 
 
 def text(words: int, seed: int) -> str:
@@ -105,11 +115,7 @@ def main() -> None:
         command += ["--steps", str(options.steps), "--shared", str(options.shared)]
         command += ["--dtype", options.dtype]
         command += ["--compile"] if options.compile else []
-        done = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
-        )
-        line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
-        ttft, prompt, speed = json.loads(line.removeprefix(MARK))
+        ttft, prompt, speed = result_of(command)
         base = base or (ttft, speed)
         name = policy or f"stock {options.dtype}"
         ratios = f"{ttft / base[0]:9.2f}", f"{speed / base[1]:9.2f}"

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.end_to_end import ENVIRONMENT, MARK, text
+from benchmarks.end_to_end import MARK, result_of, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,12 +199,8 @@ def show_heads() -> None:
 
 def in_process(call: str, *arguments: Any) -> Any:
     """The result of a function of this module in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.eviction", "call", json.dumps([call, *arguments])],
-        check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-    line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
-    return json.loads(line.removeprefix(MARK))
+    given = json.dumps([call, *arguments])
+    return result_of([sys.executable, "-m", "benchmarks.eviction", "call", given])
 
 
 def show_prefill(tokens: int, methods: Sequence[str]) -> None:

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.end_to_end import ENVIRONMENT, MARK, text
+from benchmarks.end_to_end import MARK, result_of, text
 from loadtest.quality.metrics import METRICS
 from loadtest.workloads.passkey import INSTRUCTION, NEEDLE, QUESTION
 
@@ -176,12 +174,7 @@ def main() -> None:
             command += ["--chunk", str(options.chunk), "--keys", str(options.keys)]
             command += ["--no-kl"] if options.no_kl else []
             command += [f"--coverage={c}" for c in options.coverage or ()]
-            done = subprocess.run(
-                command, check=True, capture_output=True, text=True,
-                env={**os.environ, **ENVIRONMENT},
-            )  # fmt: skip
-            line = next(x for x in done.stdout.splitlines() if x.startswith(MARK))
-            for row in json.loads(line.removeprefix(MARK)):
+            for row in result_of(command):
                 base = base or row["ttft"]
                 rows.append(row)
                 _show(row, base)
