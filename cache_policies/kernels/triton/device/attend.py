@@ -206,7 +206,8 @@ def attend(
     # Sinks take part in one part of a split sum, that of the recent tokens, or in the only one.
     sunk = token < tl.where(part == splits, fresh, 0)
     m, l = softmax_start(sinks + head_row, sunk, PAGE)
-    acc = tl.zeros([M, PAGE.width], tl.float32)
+    COLUMNS: tl.constexpr = PAGE.width  # Triton 3.7 takes no attribute in a shape
+    acc = tl.zeros([M, COLUMNS], tl.float32)
     # The store comes last: its loop takes all registers, and what only the others need is gone.
     q = raw.to(PAGE.recent)
     m, l, acc = over_ring(q, m, l, acc, request, ring, scale, PAGE, RECENT)
@@ -246,7 +247,8 @@ def combine(part_sum, part_lse, output, lse, lines, parts, output_stride, PAGE: 
     line = tl.program_id(0).to(tl.int64) * PAGE.heads + head
     columns = tl.arange(0, PAGE.width)
     m, l = tl.full((), LEAST, tl.float32), tl.full((), 0.0, tl.float32)
-    acc = tl.zeros([PAGE.width], tl.float32)
+    COLUMNS: tl.constexpr = PAGE.width
+    acc = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, parts, WIDTH):
         part = begin + tl.arange(0, WIDTH)
         each = tl.load(part_lse + line * parts + part, mask=part < parts, other=float("-inf"))
