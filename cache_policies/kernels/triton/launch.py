@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from cache_policies.kernels.triton.page import Page
+
+WAVES = 4  # of 64 lanes: with more, a program has half the registers of an AMD GPU, and spills
+REGISTERS = 255  # a thread's most on NVIDIA GPUs
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Launch:
         grid: programs in three dimensions.
         arguments: tensors and numbers, in the function's order.
         constants: compile-time arguments by name.
-        options: warps, stages and fusion.
+        options: warps, stages, fusion and registers.
 
     """
 
@@ -29,8 +37,25 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    def on_amd(self) -> Launch:
+        """The same for an AMD GPU: fewer, wider warps, and no TF32."""
+        options = self.options | {"num_warps": min(WAVES, self.options["num_warps"])}
+        page = _on_amd(self.constants["PAGE"])
+        return replace(self, constants=self.constants | {"PAGE": page}, options=options)
+
+    def with_all_registers(self) -> Launch:
+        """The same where NVIDIA's assembler, left alone, spills to run more programs at a time."""
+        return replace(self, options=self.options | {"maxnreg": REGISTERS})
+
+
+@cache
+def _on_amd(page: Page) -> Page:
+    return replace(page, precision="ieee", hides=False)
+
 
 def _run(launch: Launch) -> None:
+    if torch.version.hip:
+        launch = launch.on_amd()
     launch.function[launch.grid](*launch.arguments, **launch.constants, **launch.options)
 
 

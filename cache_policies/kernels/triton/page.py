@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634  # scores are powers of two
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 CODES, INT8, PLAIN = "codes", "int8", "plain"
+HIDES = triton.__version__.startswith("3.7.")  # see ``device.codes.kept_apart``
 
 
 def interpreting() -> bool:
@@ -58,6 +59,7 @@ class Page:
         sinks: whether query heads have learned sinks.
         rotation: channels that the codec's rotation mixes, a power of two; 0: it has none.
         mapped: whether a slot map says whose place of a row the bytes of a head are in.
+        hides: whether decoding is hidden from a pass of Triton's; see ``device.codes.kept_apart``.
 
     """
 
@@ -86,6 +88,7 @@ class Page:
     sinks: bool
     rotation: int
     mapped: bool
+    hides: bool
 
     @property
     def width(self) -> int:
@@ -142,11 +145,12 @@ class Page:
             ring=TYPES[layout.ring_dtype],
             dot=_dot(stored) if kind == PLAIN else tl.float16,
             recent=_dot(TYPES[model]),
-            precision="ieee" if torch.version.hip else "tf32x3",
+            precision="tf32x3",
             cap=shape.soft_cap * LOG2_E,
             sinks=shape.sinks is not None,
             rotation=block(layout.head_size) if codec.ROTATES else 0,
             mapped=False,
+            hides=HIDES and kind == CODES and not interpreting(),
         )
 
 

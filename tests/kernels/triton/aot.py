@@ -65,12 +65,14 @@ class Compiled:
     @cached_property
     def _resources(self) -> dict[str, int]:
         if self.target == "gfx942":
-            names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count",
-                     "sgpr_spill_count")  # fmt: skip
-            found = (re.search(rf"\.{n}:\s+(\d+)", self.binary.asm["amdgcn"]) for n in names)
+            text = self.binary.asm["amdgcn"]
+            found = [re.search(rf"\.{name}:\s+(\d+)", text)
+                     for name in ("vgpr_count", "private_segment_fixed_size")]  # fmt: skip
             values = [int(match[1]) for match in found if match]
-            assert len(values) == 4, "the assembly names its resources in another way"
-            return {"registers": values[0], "stack": values[1], "spills": values[2] + values[3]}
+            assert len(values) == 2, "the assembly names its resources in another way"
+            # Scalars in lanes of vectors and vectors in matrix units' registers stay on chip.
+            local = len(re.findall(r"^\s+scratch_(?:load|store)", text, re.MULTILINE))
+            return {"registers": values[0], "stack": values[1], "spills": local}
         used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", self._dump("-res-usage"))
         assert used, "cuobjdump names the resources in another way"
         local = sum(op.startswith(("LDL", "STL")) for op, _, _ in self.instructions)
@@ -88,7 +90,7 @@ class Compiled:
 
     @property
     def spills(self) -> int:
-        """Instructions (NVIDIA) or registers (AMD) that spill."""
+        """Instructions that load or store what was spilled to memory."""
         return self._resources["spills"]
 
     @property
@@ -220,15 +222,18 @@ def specialized(launch: Launch) -> tuple[Any, ...]:
 
 
 def compiled(name: str, launch: Launch, target: str) -> Compiled:
-    """Compile a recorded launch for a target, specialized as Triton specializes at run time."""
-    constants = dict(launch.constants)
-    if target == "gfx942":  # Page.of asks torch for this; here the GPU is not torch's
-        constants["PAGE"] = replace(constants["PAGE"], precision="ieee")
-    _, *source = specialized(replace(launch, constants=constants))
-    binary = triton.compile(
-        ASTSource(launch.function, *source), target=TARGETS[target], options=dict(launch.options)
-    )
-    return Compiled(name, target, binary, launch.options["num_warps"], constants)
+    """Compile a recorded launch for a target, as at run time, with all registers if it spills."""
+    if target == "gfx942":
+        return _compiled(name, launch.on_amd(), target)
+    found = _compiled(name, launch, target)
+    return _compiled(name, launch.with_all_registers(), target) if found.spills else found
+
+
+def _compiled(name: str, launch: Launch, target: str) -> Compiled:
+    _, *source = specialized(launch)
+    source, options = ASTSource(launch.function, *source), dict(launch.options)
+    binary = triton.compile(source, target=TARGETS[target], options=options)
+    return Compiled(name, target, binary, options["num_warps"], launch.constants)
 
 
 def report(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cache_policies.kernels.triton.device.codes import keys, per_token, values
+from cache_policies.kernels.triton.device.codes import first_words, keys, per_token, values
 from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import (
     chosen_of,
@@ -36,10 +36,8 @@ def capped(x, PAGE: tl.constexpr):
 
 
 @triton.jit
-def store_scores(q, rows, valid, scale, S: tl.constexpr, PAGE: tl.constexpr,
-                 BLOCK: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """Scores in base 2 ``[queries, rows]`` of stream ``S`` of a tile."""
-    k = keys(rows, valid, S, PAGE, BLOCK, MASK)
+def store_scores(q, k, rows, valid, scale, PAGE: tl.constexpr, MASK: tl.constexpr):
+    """Scores in base 2 ``[queries, rows]`` of the keys ``k`` of a stream of a tile."""
     x = tl.dot(q, tl.trans(k), input_precision=PAGE.precision) * scale
     if PAGE.kind == "int8":
         x *= per_token(rows[0], rows[1] + rows[2], valid, PAGE.key_scale, MASK).to(tl.float32)[
@@ -58,22 +56,25 @@ def store_tile(q, m, l, acc, store, tile, limit, scale, PAGE: tl.constexpr, BLOC
     STREAMS: tl.constexpr = PAGE.streams
     STEP: tl.constexpr = 32 // STREAMS
     rows, token = tile_of(store, tile, limit, PAGE, BLOCK, READS)
+    words = first_words(rows, PAGE.key_at, PAGE.key_bits, PAGE, BLOCK)
     scores = ()
     highest = tl.full([q.shape[0], BLOCK // STREAMS], LEAST, tl.float32)
     for s in tl.static_range(STREAMS):
         valid = token + s * STEP < limit
-        x = store_scores(q, rows, valid, scale, s, PAGE, BLOCK, MASK)
+        k = keys(rows, words, valid, s, PAGE, BLOCK, MASK)
+        x = store_scores(q, k, rows, valid, scale, PAGE, MASK)
         highest = tl.maximum(highest, x)
         scores = scores + (x,)
     top = tl.maximum(m, tl.max(highest, 1))
     alpha = tl.exp2(m - top)
     acc *= alpha[:, None]
     weight = tl.zeros([q.shape[0], BLOCK // STREAMS], tl.float32)
+    words = first_words(rows, PAGE.value_at, PAGE.value_bits, PAGE, BLOCK)
     for s in tl.static_range(STREAMS):
         p = tl.exp2(scores[s] - top[:, None])
         weight += p
         valid = token + s * STEP < limit
-        v = values(rows, valid, s, PAGE, BLOCK, MASK)
+        v = values(rows, words, valid, s, PAGE, BLOCK, MASK)
         acc = tl.dot(p.to(PAGE.dot), v, acc, input_precision=PAGE.precision)
     l = l * alpha + tl.sum(weight, 1)
     return top, l, acc

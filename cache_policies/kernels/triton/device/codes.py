@@ -33,6 +33,20 @@ def to_numbers(pairs):
 
 
 @triton.jit
+def kept_apart(x, PAGE: tl.constexpr):
+    """``x``; how it was made is hidden from Triton 3.7, and this goes when that does.
+
+    That version orders the channels or tokens of matrix operands in fours where halves of words
+    were joined. Then nothing is loaded from shared memory as matrices: 1 to 1.2 instructions a code
+    more. As this is no pure operation, what follows may not be computed, or loaded, only once.
+    """
+    if PAGE.hides:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16,
+                                      is_pure=False, pack=2)  # fmt: skip
+    return x
+
+
+@triton.jit
 def repeat_rows(x, TIMES: tl.constexpr):
     """``[n, d]`` -> ``[n * TIMES, d]``."""
     n: tl.constexpr = x.shape[0]
@@ -92,24 +106,43 @@ def shared_words(rows, FIRST: tl.constexpr, ROWS: tl.constexpr, FIELD: tl.conste
 
 
 @triton.jit
-def codes(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """Codes of stream ``S`` as float16 numbers."""
+def words_of(rows, FIELD: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    """Words that hold the codes of stream ``S``, and for 3 bits those of their high ones."""
     base, place, inner, _ = rows
+    ROWS: tl.constexpr = words_rows(BITS)
     STEP: tl.constexpr = 32 // PAGE.streams
-    FIRST: tl.constexpr = S * STEP  # of the stream's tokens in a span of 32
-    FIELDS: tl.constexpr = 2 if BITS == 3 else BITS  # bits of a bit field
-    ROWS: tl.constexpr = 2 * FIELDS  # of words with such fields for a span
-    span, token = place // 32 * (2 * BITS), FIRST + inner
     if STEP <= ROWS:  # the stream is in one bit field
-        words = load_words(base, span + (FIRST % ROWS + inner), FIELD, PAGE, BLOCK)
-        x = field(words, FIRST // ROWS * FIELDS, FIELDS)
+        row = place // 32 * (2 * BITS) + (S * STEP % ROWS + inner)
+        words = load_words(base, row, FIELD, PAGE, BLOCK)
     else:
         words = shared_words(rows, 0, ROWS, FIELD, BITS, PAGE, BLOCK)
-        x = field(words, (token // ROWS * FIELDS)[:, None], FIELDS)
+    high = words
     if BITS == 3:
         high = shared_words(rows, 4, 2, FIELD, BITS, PAGE, BLOCK)
-        x |= field(high, (token // 4 + token % 4 // 2 * 8)[:, None], 1) << 2
+    return words, high
+
+
+@triton.constexpr_function
+def words_rows(bits):
+    """Rows of words that have a span's low bits: one a bit of their fields, twice."""
+    return 2 * (2 if bits == 3 else bits)
+
+
+@triton.jit
+def codes(words, rows, BITS: tl.constexpr, S: tl.constexpr, PAGE: tl.constexpr):
+    """Codes of stream ``S``, of ``words_of`` it, as float16 numbers."""
+    STEP: tl.constexpr = 32 // PAGE.streams
+    FIRST: tl.constexpr = S * STEP  # of the stream's tokens in a span of 32
+    ROWS: tl.constexpr = words_rows(BITS)
+    FIELDS: tl.constexpr = ROWS // 2  # bits of a bit field
+    token = FIRST + rows[2]
+    if STEP <= ROWS:
+        x = field(words[0], FIRST // ROWS * FIELDS, FIELDS)
+    else:
+        x = field(words[0], (token // ROWS * FIELDS)[:, None], FIELDS)
+    if BITS == 3:
+        x |= field(words[1], (token // 4 + token % 4 // 2 * 8)[:, None], 1) << 2
     return to_numbers(x)
 
 
@@ -168,13 +201,25 @@ def per_token(base, token, valid, FIELD: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+def first_words(rows, FIELD: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Words of a tile's keys or values, which most streams share; nothing without codes."""
+    words = (rows[1], rows[1])
+    if PAGE.kind == "codes":
+        words = words_of(rows, FIELD, BITS, 0, PAGE, BLOCK)
+    return words
+
+
+@triton.jit
+def keys(rows, words, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
          MASK: tl.constexpr):  # fmt: skip
     """Keys of stream ``S``; those of int8 still without their scale."""
     base, place, inner, _ = rows
     token = place + (S * (32 // PAGE.streams) + inner)
     if PAGE.kind == "codes":
-        x = codes(rows, PAGE.key_at, PAGE.key_bits, S, PAGE, BLOCK)
+        if S * (32 // PAGE.streams) % words_rows(PAGE.key_bits) != 0:
+            words = words_of(rows, PAGE.key_at, PAGE.key_bits, S, PAGE, BLOCK)
+        x = kept_apart(codes(words, rows, PAGE.key_bits, S, PAGE), PAGE)
         if PAGE.by_channel:
             scale = by_channel(rows, PAGE.key_scale, S, PAGE, BLOCK)
             low = by_channel(rows, PAGE.key_min, S, PAGE, BLOCK)
@@ -190,13 +235,15 @@ def keys(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 
 
 @triton.jit
-def values(rows, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+def values(rows, words, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
            MASK: tl.constexpr):  # fmt: skip
-    """Values of stream ``S``; finite where ``valid`` is false."""
+    """Values of stream ``S``, with ``first_words`` of the tile; finite where ``valid`` is false."""
     base, place, inner, _ = rows
     token = place + (S * (32 // PAGE.streams) + inner)
     if PAGE.kind == "codes":
-        x = codes(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
+        if S * (32 // PAGE.streams) % words_rows(PAGE.value_bits) != 0:
+            words = words_of(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
+        x = kept_apart(codes(words, rows, PAGE.value_bits, S, PAGE), PAGE)
         scale = by_token(rows, valid, PAGE.value_scale, S, PAGE, BLOCK, MASK)
         low = by_token(rows, valid, PAGE.value_min, S, PAGE, BLOCK, MASK)
         return x * scale + low

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from cache_policies.kernels.triton.device.attend import capped, for_store, store_scores
+from cache_policies.kernels.triton.device.codes import first_words, keys
 from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.place import (
     chosen_of,
@@ -99,14 +100,16 @@ def count_store(
     STEP: tl.constexpr = 32 // STREAMS
     block, listed = tile_of(store, tile, limit, PAGE, BLOCK, READS)
     index = page_number(store, tl.where(listed < limit, listed, 0) // PAGE.tokens, READS)
+    words = first_words(block, PAGE.key_at, PAGE.key_bits, PAGE, BLOCK)
     for s in tl.static_range(STREAMS):
         valid = listed + s * STEP < limit
+        k = keys(block, words, valid, s, PAGE, BLOCK, True)
         total = tl.zeros([BLOCK // PAGE.streams], tl.float32)
         for rows in range(begin, end, M):
             q, sums, token = load_queries(
                 query, query_stride, lse, start, head, rows + tl.arange(0, M), end, PAGE
             )
-            x = store_scores(for_store(q, PAGE), block, valid, scale, s, PAGE, BLOCK, True)
+            x = store_scores(for_store(q, PAGE), k, block, valid, scale, PAGE, True)
             if FLAGS:
                 line = (token // list_queries * PAGE.kv_heads).to(tl.int64) * flag_pages
                 there = (rows + tl.arange(0, M) < end)[:, None] & valid[None, :]

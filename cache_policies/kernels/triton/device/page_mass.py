@@ -14,6 +14,7 @@ from cache_policies.kernels.triton.device.attend import (
     softmax_start,
     store_scores,
 )
+from cache_policies.kernels.triton.device.codes import first_words, keys
 from cache_policies.kernels.triton.device.launched import launched
 from cache_policies.kernels.triton.device.mass import count_store
 from cache_policies.kernels.triton.device.place import chosen_of, request_of, tile_of
@@ -70,9 +71,11 @@ def sums(
     stored = tl.load(stored_count + seq)
     for tile in range(tl.cdiv(stored, BLOCK)):
         rows, number = tile_of(store, tile, stored, PAGE, BLOCK, False)
+        words = first_words(rows, PAGE.key_at, PAGE.key_bits, PAGE, BLOCK)
         for s in tl.static_range(STREAMS):
             valid = number + s * (32 // STREAMS) < stored
-            x = store_scores(for_store(raw, PAGE), rows, valid, scale, s, PAGE, BLOCK, True)
+            k = keys(rows, words, valid, s, PAGE, BLOCK, True)
+            x = store_scores(for_store(raw, PAGE), k, rows, valid, scale, PAGE, True)
             m, l = add_scores(m, l, x)
     total = m + tl.log2(tl.where(live, l, 1.0))
     tl.store(lse + line * PAGE.heads + head_row, total, mask=live)
