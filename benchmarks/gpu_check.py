@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     options = parser.parse_args()
     require_gpu("gpu-check")
-    from benchmarks import gpu_model, gpu_timing
+    from benchmarks import gpu_model, gpu_start, gpu_timing
     from cache_policies.kernels.reference import ReferenceKernel
     from cache_policies.kernels.triton.kernel import TritonKernel
 
@@ -76,6 +76,7 @@ def main() -> None:
     rows = [gpu_timing.reference_row("cuda"), gpu_timing.sdpa_row("cuda")]
     for some in (
         lambda: [gpu_timing.graph_row()],
+        lambda: [gpu_start.start_row("cuda")],
         gpu_timing.decode_rows,
         gpu_timing.prefill_rows,
         lambda: gpu_model.model_rows("cuda", TritonKernel, ReferenceKernel, [300, 1, 1]),

@@ -261,15 +261,21 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             _plain_step(self._layer, attn_metadata.batch, tokens, output[:count])
         return output
 
+    def form(self, layer: torch.nn.Module, page_tokens: int) -> tuple[PageLayout, Shape]:
+        """Pages and heads of the vLLM layer, from which its kernel is made."""
+        number = extract_layer_index(layer.layer_name)
+        layout = self._layouts(page_tokens)[self._is_edge(number)]
+        offset = key_offset(layer, layout.codec, self._vllm_config)
+        return layout, replace(self.shape, key_offset=offset)
+
     def _make_layer(self, layer: torch.nn.Module, kv_cache: torch.Tensor) -> Layer:
         number, numbers = extract_layer_index(layer.layer_name), policy_layers(self._vllm_config)
-        layout = self._layouts(kv_cache.shape[2])[self._is_edge(number)]
-        offset = key_offset(layer, layout.codec, self._vllm_config)
+        layout, shape = self.form(layer, kv_cache.shape[2])
         return Layer(
             index=numbers.index(number),
             layers=len(numbers),
             layout=layout,
-            kernel=self._kernel_class(layout, replace(self.shape, key_offset=offset)),
+            kernel=self._kernel_class(layout, shape),
             pages=kv_cache.flatten(2),
             rope=rope_of(layer, self.head_size, self._vllm_config, kv_cache.device),
             scale=self.scale,

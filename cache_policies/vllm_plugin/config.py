@@ -73,6 +73,11 @@ def method_of(sampling_params: SamplingParams | None, default: Method | None) ->
     return (default or Method()) if asked is None else parse_method(asked)
 
 
+def takes_methods(vllm_config: VllmConfig) -> bool:
+    """Whether a request may choose a method; see ``refuse_method``."""
+    return not (vllm_config.model_config.is_hybrid and vllm_config.use_v2_model_runner)
+
+
 def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
     """Refuse a method that the model or the kernel cannot serve.
 
@@ -81,7 +86,7 @@ def refuse_method(method: Method, vllm_config: VllmConfig) -> None:
 
     """
     retention, model_config = method.retention, vllm_config.model_config
-    if not method.is_plain and model_config.is_hybrid and vllm_config.use_v2_model_runner:
+    if not method.is_plain and not takes_methods(vllm_config):
         raise PolicyError(
             f"{method} needs to know which request is in which row of a batch, and vLLM's V2 model "
             f"runner does not say so for models with layers of constant state such as "

@@ -6,30 +6,42 @@ stock object is stood in for, and a server without a policy never meets this mod
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
+from cache_policies.kernels import kernel_class
 from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
+from cache_policies.retrieval import SparsePrefill
 from cache_policies.vllm_plugin import FULL_ATTENTION
 from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
-from cache_policies.vllm_plugin.config import KERNEL_KEY, settings
+from cache_policies.vllm_plugin.config import KERNEL_KEY, settings, takes_methods
 from cache_policies.vllm_plugin.kinds import kinds_of, next_layer
 
 if TYPE_CHECKING:
     import argparse
 
     import torch
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from cache_policies.kernels.contract import Shape
+    from cache_policies.pages.layout import PageLayout
+    from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
 GPU_KERNELS = ("auto", "triton")
+
+# vLLM shows only loggers below its own name.
+logger = init_logger("vllm.kvthrift")
 
 
 class GpuBackend(AttentionBackend):  # type: ignore[misc]
@@ -55,8 +67,8 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
         return GpuImpl
 
     @staticmethod
-    def get_builder_cls() -> type[RingStoreMetadataBuilder]:
-        return RingStoreMetadataBuilder
+    def get_builder_cls() -> type[GpuMetadataBuilder]:
+        return GpuMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(_spec: Any = None) -> list[int | MultipleOf]:
@@ -97,6 +109,46 @@ class GpuEdgeBackend(GpuBackend):
     """The same for first and last layers that have another codec."""
 
     edge = True
+
+
+class GpuMetadataBuilder(RingStoreMetadataBuilder):
+    """The same; its layers' kernels are compiled when it is made.
+
+    Both model runners make one for alike layers as they start, before they allocate the cache.
+
+    Raises:
+        PolicyError: a kernel does not compile, or the GPU cannot take it.
+
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: RingStoreSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        modules = vllm_config.compilation_config.static_forward_context
+        layers = [modules[name] for name in layer_names]
+        _warm_up([x.impl.form(x, kv_cache_spec.block_size) for x in layers], vllm_config)
+
+
+def _warm_up(layers: list[tuple[PageLayout, Shape]], vllm_config: VllmConfig) -> None:
+    """Compile the kernels of a policy and, where requests may choose one, those of all methods."""
+    asked = settings(vllm_config)
+    assert asked is not None
+    if kernel_class(asked.kernel).name != "triton":  # where torch finds no GPU, in tests
+        return
+    from cache_policies.kernels.triton.warm import warm_up  # imports Triton
+
+    prefills = {SparsePrefill(), asked.policy.method.prefill or SparsePrefill()}
+    samples = {prefill.samples for prefill in prefills} if takes_methods(vllm_config) else None
+    begin = time.perf_counter()
+    count = warm_up(layers, samples)
+    if count:
+        seconds = time.perf_counter() - begin
+        logger.info("kvthrift: %d Triton kernels are ready after %.1f s", count, seconds)
 
 
 class GpuImpl(RingStoreImpl):

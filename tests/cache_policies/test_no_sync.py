@@ -7,7 +7,6 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,46 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 from cache_policies.kernels.counts import all_tokens
 from cache_policies.kernels.cpu import CpuKernel
-from cache_policies.pages.plan import Plan
-from cache_policies.policy import parse, parse_method
+from cache_policies.policy import parse
 from cache_policies.policy.layouts import layouts
 from cache_policies.retention import retention_methods
-from cache_policies.retention.rope import Rope
-from cache_policies.retrieval import PREFILL, RETRIEVAL
-from cache_policies.step.cut import Layer, Tokens
-from cache_policies.step.request import Engine, RequestState, span_of
 from cache_policies.step.step import Step
-from tests.cache_policies.worker import ROPE, SCALE, SIZE, Text, Worker
+from tests.cache_policies.meta import DECODE, METHODS, PROMPT, drive, layer_of, one_method
+from tests.cache_policies.worker import SIZE, Text, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-PROMPT, DECODE = 700, [1] * 20  # no multiple of any chunk, nor is its double
-
-
-def _method(name: str, form: str = "") -> str:
-    cls = retention_methods()[name]
-    interval = ",interval=16" if cls.DECODE_CUTS else ""
-    return f"{name}(ratio=0.25{interval}{form and f',prefill={form}'})"
-
-
-METHODS = [
-    *(_method(name, form) for name, cls in retention_methods().items() for form in cls.PREFILL),
-    "knorm(ratio=0.25,merge=values)",
-    *(
-        f"{name}(topk=1,init=128,local=128,prefill={form})"
-        for name, cls in RETRIEVAL.items()
-        for form in cls.PREFILL
-    ),
-    "streaming-llm(ratio=0.25,interval=16,positions=cache)",
-    "snapkv(ratio=0.5,heads=adaptive)",
-    "expected-attention(ratio=0.5,heads=adaptive)",
-    *(f"h2o(ratio=0.5,interval=16,heads=adaptive,prefill={form})" for form in ("full", "bounded")),
-    "tova(ratio=0.8,interval=16)+quest(topk=1,init=128,local=128)",
-    "knorm(ratio=0.8,interval=16)+infllm(topk=1,init=128,local=128,prefill=bounded)",
-    *(f"{name}(exact=0)" for name in PREFILL),
-    *(f"{_method('snapkv')}+{name}(exact=0)" for name in PREFILL),
-]
 
 ON_HOST = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "cpu"}
 SIZED_BY_DATA = {
@@ -230,28 +198,9 @@ class Nothing:
 
 def _drive(method: str, heads: int, prompt: int, codec: str) -> tuple[Counter[str], Counter[str]]:
     """Two requests on a device without values; returns torch's operators and the kernel's calls."""
-    policy = parse(codec)
-    layout = layouts(policy, SIZE, 128, torch.float32)[0]
-    kernel: Any = Nothing(heads)
-    pages = torch.empty(100, heads, layout.head_bytes, dtype=torch.uint8, device="meta")
-    rope = Rope(ROPE.table.to("meta"), SIZE)
-    layer = Layer(0, 1, layout, kernel, pages, rope, SCALE)
-    chosen, plan, guard = parse_method(method), Plan.of(layout), Guard()
-    states = [
-        RequestState(chosen, span_of(chosen, Engine(plan, 1, 8000, 10**6), prompt)) for _ in "12"
-    ]
-    table = torch.empty(2, 60, dtype=torch.int32, device="meta")
-    computed = 0
-    for chunk in (prompt * 2 // 5, prompt * 3 // 5, *DECODE):
-        start = np.array([0, chunk, 2 * chunk], dtype=np.int32)
-        for state in states:
-            state.advance(computed, computed + chunk)
-        step = Step(plan, start, np.full(2, computed, dtype=np.int32), list(states), table)
-        shapes = [(2 * chunk, h, SIZE) for h in (3 * heads, heads, heads)]
-        tokens = Tokens(*(torch.empty(shape, device="meta") for shape in shapes))
-        with guard:
-            step.run(layer, tokens, torch.empty_like(tokens.query))
-        computed += chunk
+    kernel, guard = Nothing(heads), Guard()
+    layout = layouts(parse(codec), SIZE, 128, torch.float32)[0]
+    drive(layer_of(kernel, layout, heads), [method, method], prompt, guard)
     return guard.seen, kernel.calls
 
 
@@ -271,6 +220,6 @@ def test_everything_is_made_where_the_pages_are(method: str, codec: str) -> None
 @pytest.mark.parametrize("name", retention_methods())
 def test_no_loop_runs_over_tokens(name: str) -> None:
     short, long = (
-        _drive(_method(name), 2, prompt, "raw")[0] for prompt in (2 * PROMPT, 4 * PROMPT)
+        _drive(one_method(name), 2, prompt, "raw")[0] for prompt in (2 * PROMPT, 4 * PROMPT)
     )
     assert short == long

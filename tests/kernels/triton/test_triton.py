@@ -39,7 +39,7 @@ def test_triton_in_the_interpreter(checks: str) -> None:
 def test_triton_checks_need_no_cpu_kernels() -> None:
     """On a GPU they run without a build, as the programs that time it."""
     names = [f"tests.kernels.triton.{path.stem}" for path in sorted(HERE.glob("check_*.py"))]
-    names += [f"benchmarks.gpu_{name}" for name in ("check", "timing", "model")]
+    names += [f"benchmarks.gpu_{name}" for name in ("check", "timing", "model", "start")]
     without = "import sys; sys.modules['cache_policies.kernels._cpu'] = None"
     program = f"{without}; import {', '.join(names)}"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_engine
+from benchmarks import gpu_check, gpu_engine, gpu_start
 from benchmarks.gpu_engine import ENVIRONMENT, agreement, passkeys, rows_of
 from benchmarks.gpu_machine import NO_GPU, Row, save
 from benchmarks.gpu_model import model_rows
 from cache_policies.kernels.cpu import CpuKernel
 from cache_policies.kernels.reference import ReferenceKernel
+from cache_policies.kernels.triton.warm import warm_up
+from tests.kernels.triton.absent import absent_gpu
+from tests.kernels.triton.aot import TARGETS
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,6 +57,23 @@ def test_triton_checks_against_torch_run_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@pytest.mark.parametrize("policy", ["kivi-4bit", "rotated-3bit"])
+def test_triton_start_check_finds_what_is_compiled_late(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that a GPU runs: here with a stand-in for Triton's driver and compiler."""
+    gpu = absent_gpu(monkeypatch, TARGETS["sm_90"])
+    row = gpu_start.start_row("cpu", policy)
+    assert row.passed, row.note
+    assert row.values["kernels"] == len(gpu.compiled) == 33
+    absent_gpu(monkeypatch, TARGETS["sm_90"])
+    monkeypatch.setattr(gpu_start, "warm_up", lambda layers, _: warm_up(layers, None))
+    late = gpu_start.start_row("cpu", policy)
+    assert not late.passed
+    assert late.values["kernels"] + late.values["added"] == 33
 
 
 def test_triton_results_are_saved_and_a_failure_shows(

@@ -1,4 +1,4 @@
-"""An engine whose requests grow, come and go compiles no kernel after its first steps."""
+"""An engine whose requests grow, come and go compiles no kernel after its start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cache_policies.kernels import contract
 from cache_policies.kernels.contract import Mass, Reads
-from cache_policies.kernels.triton import sparse, tasks
+from cache_policies.kernels.triton import sparse, tasks, warm
 from cache_policies.kernels.triton.device.launched import VARYING
 from cache_policies.kernels.triton.kernel import TritonKernel
 from cache_policies.kernels.triton.launch import Launch, recorded
@@ -43,10 +43,9 @@ def packed(
 class Layer:
     """A layer that does in every step all that methods may ask of it."""
 
-    def __init__(self, policy: str) -> None:
-        self.setup = make(
-            policy, seqs=SEQS, heads=4, kv_heads=2, max_tokens=4608, dtype=torch.bfloat16
-        )
+    def __init__(self, policy: str, **options: Any) -> None:
+        options = {"heads": 4, "kv_heads": 2, "dtype": torch.bfloat16} | options
+        self.setup = make(policy, seqs=SEQS, max_tokens=4608, **options)
         # an odd width, so that rows begin anywhere
         self.setup.block_table = self.setup.block_table.repeat(1, 2)[:, :39].contiguous()
         self.kernel = TritonKernel(self.setup.layout, self.setup.shape)
@@ -66,12 +65,14 @@ class Layer:
         blocks = torch.tensor([(i, 0, min(LISTED, f)) for i, f in enumerate(fresh)])
         map_ = torch.zeros(count, heads, splits + setup.block_table.shape[1], dtype=torch.int32)
         with recorded() as calls:
-            for there in (batch, replace(batch, slots=map_)):
-                for options in ((), (mass, None), (None, reads), (mass, reads), (mass, own)):
+            for options in ((), (mass, None)):
+                kernel.attend(pages, batch, *tokens, torch.empty_like(tokens[0]), *options)
+            for there in (batch, replace(batch, slots=map_)):  # of which lists say what heads lack
+                for options in ((None, reads), (mass, reads), (mass, own)):
                     kernel.attend(pages, there, *tokens, torch.empty_like(tokens[0]), *options)
                 kernel.append(pages, there, *tokens[1:])
                 self._cut(there.after_append(), tokens)
-            kernel.page_mass(pages, batch, *tokens[:2], blocks.int(), 8)
+                kernel.page_mass(pages, there, *tokens[:2], blocks.int(), 8)
         return calls
 
     def _listed(self, lists: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +83,8 @@ class Layer:
     def _cut(self, batch: Batch, tokens: Sequence[torch.Tensor]) -> None:
         """Read and write all tokens of all requests."""
         held = (batch.stored + batch.ring).tolist()
-        index = torch.cat([torch.arange(n, dtype=torch.int32) for n in held]).expand(2, -1)
+        index = torch.cat([torch.arange(n, dtype=torch.int32) for n in held])
+        index = index.expand(self.setup.shape.num_kv_heads, -1)
         start = torch.tensor([0, *held]).cumsum(0).int()
         key, value = self.kernel.read(self.setup.pages, batch, *tokens[1:], index, start)
         self.kernel.write(self.setup.pages, batch, index.contiguous(), key, value, start)
@@ -98,15 +100,26 @@ def kinds(calls: list[Launch]) -> dict[tuple[Any, ...], str]:
     return found
 
 
-@pytest.mark.parametrize("policy", ["kivi-4bit", "flexgen-4bit", "rotated-3bit", "int8", "raw"])
-def test_triton_compiles_nothing_after_the_first_step(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        *((policy, {}) for policy in ("kivi-4bit", "flexgen-4bit", "rotated-3bit", "int8", "raw")),
+        ("kivi-2bit+layers(codec=fp16)", {}),
+        ("kivi(k_bits=8,v_bits=4,group=16,residual=32)", {"head_size": 80, "page_tokens": 32}),
+        ("rotated-3bit", {"head_size": 96, "kv_heads": 1, "sinks": True}),
+        ("int8", {"head_size": 256, "kv_heads": 4, "soft_cap": 50.0, "dtype": torch.float16}),
+        ("raw", {"head_size": 128, "dtype": torch.float32}),
+    ],
+)
+def test_triton_compiles_at_start_what_all_steps_launch(
+    policy: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (contract, tasks, sparse):
         monkeypatch.setattr(module, "beside", packed)
-    layer = Layer(policy)
-    known = kinds(layer.step([300, 200], [1, 250], 3))
-    assert len(known) <= 40, "of all methods together, for one layout of pages"
+    layer = Layer(policy, **options)
+    known = kinds(warm.launches(layer.setup.layout, layer.setup.shape, (8,)))
+    assert len(known) <= 36, "of all methods together, for one layout of pages"
+    assert known.keys() == kinds(layer.step([300, 200], [1, 250], 3)).keys(), "no more, no fewer"
     for number in range(12):
         seqs = range(1 + number % SEQS)
         computed = [LENGTHS[(number * 3 + seq * 5) % len(LENGTHS)] for seq in seqs]
