@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,12 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    def here(self) -> Launch:
+        """The same as the GPU of this process runs it."""
+        if torch.version.hip:
+            return self.on_amd()
+        return self.with_all_registers() if _spilling and self._key in _spilling else self
+
     def on_amd(self) -> Launch:
         """The same for an AMD GPU: fewer, wider warps, and no TF32."""
         options = self.options | {"num_warps": min(WAVES, self.options["num_warps"])}
@@ -47,15 +54,28 @@ class Launch:
         """The same where NVIDIA's assembler, left alone, spills to run more programs at a time."""
         return replace(self, options=self.options | {"maxnreg": REGISTERS})
 
+    def note_spills(self) -> bool:
+        """Let ``here`` give it all registers; False if it has them, or the GPU is AMD's."""
+        new = not torch.version.hip and self._key not in _spilling
+        if new:
+            _spilling.add(self._key)
+        return new
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.function, *sorted(self.constants.items(), key=itemgetter(0))
+
 
 @cache
 def _on_amd(page: Page) -> Page:
     return replace(page, precision="ieee", hides=False)
 
 
+_spilling: set[tuple[Any, ...]] = set()  # what warm.py found
+
+
 def _run(launch: Launch) -> None:
-    if torch.version.hip:
-        launch = launch.on_amd()
+    launch = launch.here()
     launch.function[launch.grid](*launch.arguments, **launch.constants, **launch.options)
 
 

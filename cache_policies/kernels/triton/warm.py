@@ -143,10 +143,10 @@ def _kind(layout: PageLayout, shape: Shape, samples: Collection[int] | None) -> 
 
 def _loaded(call: Launch, layout: PageLayout, shape: Shape) -> Any:
     """The compiled kernel of a launch, on the GPU."""
-    options = call.constants | call.options
     try:
-        kernel = call.function.warmup(*call.arguments, grid=call.grid, **options)
-        _ = kernel[call.grid]  # loads it, or says what the GPU has too little of, every time
+        kernel = _made(call)
+        if kernel.n_spills and call.note_spills():
+            kernel = _made(call)
     except Exception as error:  # compiler, assembler, loader and driver have no type in common
         *_, why = [type(error).__name__, *str(error).strip().split("\n")]
         raise PolicyError(
@@ -155,6 +155,15 @@ def _loaded(call: Launch, layout: PageLayout, shape: Shape) -> Any:
             f"heads, {layout.model_dtype}) on {torch.cuda.get_device_name()}: {why}; choose "
             "another codec in --cache-policy, or drop it"
         ) from error
+    return kernel
+
+
+def _made(call: Launch) -> Any:
+    """Compiled as it will be launched, and loaded."""
+    call = call.here()
+    options = call.constants | call.options
+    kernel = call.function.warmup(*call.arguments, grid=call.grid, **options)
+    _ = kernel[call.grid]  # loads it, or says what the GPU has too little of, every time
     return kernel
 
 

@@ -11,7 +11,7 @@ import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cache_policies.kernels.triton import warm
+from cache_policies.kernels.triton import launch, warm
 from cache_policies.kernels.triton.device import attend, encode, mass, page_mass, read, turn
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Kernel(SimpleNamespace):
     __hash__ = object.__hash__
 
     function = packed_metadata = None
+    n_spills = 0
 
     def run(self, *_: Any) -> None:
         """Launch nothing."""
@@ -98,6 +99,7 @@ def absent_gpu(
     monkeypatch.setattr(driver, "_active", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: NAME)
     monkeypatch.setattr(warm, "_ready", set())
+    monkeypatch.setattr(launch, "_spilling", set())
     for module in (attend, encode, mass, page_mass, read, turn):
         for function in vars(module).values():
             if isinstance(function, JITFunction):  # each remembers its compiler

@@ -182,6 +182,31 @@ def test_a_gpu_that_has_too_little_for_a_kernel_is_named(monkeypatch: pytest.Mon
             warm_up([layer], None)
 
 
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_a_kernel_that_spills_gets_all_registers(
+    hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NVIDIA GPUs, where the assembler had left some for more programs at a time."""
+    gpu = absent_gpu(monkeypatch, TARGETS["gfx942" if hip else "sm_80"])
+    compiles = gpu.compile
+
+    def spills(source: Any, *, options: dict[str, Any], **rest: Any) -> Any:
+        kernel, most = compiles(source, options=options, **rest), options.get("maxnreg")
+        gpu.compiled[-1] += f" at most {most} registers"
+        kernel.n_spills = 4 if source.fn.__name__ == "attend" and most is None else 0
+        return kernel
+
+    monkeypatch.setattr("triton.compiler.compile", spills)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    layout, shape = layout_of("kivi-4bit"), shape_of()
+    kernels = warm_up([(layout, shape)], None)
+    again = [name for name in gpu.compiled if "at most 255" in name]
+    assert len(again) == (0 if hip else 2), "decode and prefill"
+    assert len(gpu.compiled) == kernels + len(again)
+    plain_steps(large(layer_of(TritonKernel(layout, shape), layout, HEADS)))
+    assert len(gpu.compiled) == kernels + len(again), "requests launch what was compiled last"
+
+
 @pytest.mark.skipif(not ALL, reason="nightly")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_all_kernels_of_a_layer_compile(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
