@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -68,7 +69,8 @@ def test_kernels_are_compiled_once_for_layers_that_are_alike(
     config: VllmConfig, gpu: AbsentGpu, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(cuda.logger, "info", lambda text, *given: said.append(text % given))
+    log = SimpleNamespace(info=lambda text, *given: said.append(text % given))
+    monkeypatch.setattr(cuda, "logger", log)
     layers = [layer(config, number) for number in range(2)]
     start(layers, config)
     ((layout, shape, samples),) = asked

@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton.runtime import driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 WAVES = 4  # of 64 lanes: with more, a program has half the registers of an AMD GPU, and spills
 REGISTERS = 255  # a thread's most on NVIDIA GPUs
+BLACKWELL = 100  # compute capability, as Triton says it
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,22 @@ class Launch:
         """The same as the GPU of this process runs it."""
         if torch.version.hip:
             return self.on_amd()
-        return self.with_all_registers() if _spilling and self._key in _spilling else self
+        launch = self
+        if self.constants["PAGE"].hides and _is_blackwell():
+            launch = self.on_blackwell()
+        return launch.with_all_registers() if _spilling and self._key in _spilling else launch
 
     def on_amd(self) -> Launch:
         """The same for an AMD GPU: fewer, wider warps, and no TF32."""
         options = self.options | {"num_warps": min(WAVES, self.options["num_warps"])}
-        page = _on_amd(self.constants["PAGE"])
+        page = _page_with(self.constants["PAGE"], precision="ieee", hides="")
         return replace(self, constants=self.constants | {"PAGE": page}, options=options)
+
+    def on_blackwell(self) -> Launch:
+        """The same for compute capability 10 and above, where prefill spills with keys hidden."""
+        page = self.constants["PAGE"]
+        page = _page_with(page, hides=page.hides and "values")
+        return replace(self, constants=self.constants | {"PAGE": page})
 
     def with_all_registers(self) -> Launch:
         """The same where NVIDIA's assembler, left alone, spills to run more programs at a time."""
@@ -66,9 +77,14 @@ class Launch:
         return self.function, *sorted(self.constants.items(), key=itemgetter(0))
 
 
+def _is_blackwell() -> bool:
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= BLACKWELL
+
+
 @cache
-def _on_amd(page: Page) -> Page:
-    return replace(page, precision="ieee", hides=False)
+def _page_with(page: Page, **fields: Any) -> Page:
+    return replace(page, **fields)
 
 
 _spilling: set[tuple[Any, ...]] = set()  # what warm.py found

@@ -59,7 +59,8 @@ class Page:
         sinks: whether query heads have learned sinks.
         rotation: channels that the codec's rotation mixes, a power of two; 0: it has none.
         mapped: whether a slot map says whose place of a row the bytes of a head are in.
-        hides: whether decoding is hidden from a pass of Triton's; see ``device.codes.kept_apart``.
+        hides: what decodes hidden from a pass of Triton's: ``both`` keys and values, ``values``, or
+            nothing; see ``device.codes.kept_apart``.
 
     """
 
@@ -88,7 +89,7 @@ class Page:
     sinks: bool
     rotation: int
     mapped: bool
-    hides: bool
+    hides: str
 
     @property
     def width(self) -> int:
@@ -150,7 +151,7 @@ class Page:
             sinks=shape.sinks is not None,
             rotation=block(layout.head_size) if codec.ROTATES else 0,
             mapped=False,
-            hides=HIDES and kind == CODES and not interpreting(),
+            hides="both" if HIDES and kind == CODES and not interpreting() else "",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,10 +65,8 @@ class AbsentGpu:
         return Kernel()
 
 
-class Kernel(SimpleNamespace):
+class Kernel:
     """What a stand-in for the compiler returns."""
-
-    __hash__ = object.__hash__
 
     function = packed_metadata = None
     n_spills = 0

@@ -225,6 +225,7 @@ def compiled(name: str, launch: Launch, target: str) -> Compiled:
     """Compile a recorded launch for a target, as at run time, with all registers if it spills."""
     if target == "gfx942":
         return _compiled(name, launch.on_amd(), target)
+    launch = launch.on_blackwell() if target == "sm_100" else launch
     found = _compiled(name, launch, target)
     return _compiled(name, launch.with_all_registers(), target) if found.spills else found
 

@@ -33,14 +33,14 @@ def to_numbers(pairs):
 
 
 @triton.jit
-def kept_apart(x, PAGE: tl.constexpr):
+def kept_apart(x, HIDE: tl.constexpr):
     """``x``; how it was made is hidden from Triton 3.7, and this goes when that does.
 
     That version orders the channels or tokens of matrix operands in fours where halves of words
     were joined. Then nothing is loaded from shared memory as matrices: 1 to 1.2 instructions a code
     more. As this is no pure operation, what follows may not be computed, or loaded, only once.
     """
-    if PAGE.hides:
+    if HIDE:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16,
                                       is_pure=False, pack=2)  # fmt: skip
     return x
@@ -219,7 +219,7 @@ def keys(rows, words, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.cons
     if PAGE.kind == "codes":
         if S * (32 // PAGE.streams) % words_rows(PAGE.key_bits) != 0:
             words = words_of(rows, PAGE.key_at, PAGE.key_bits, S, PAGE, BLOCK)
-        x = kept_apart(codes(words, rows, PAGE.key_bits, S, PAGE), PAGE)
+        x = kept_apart(codes(words, rows, PAGE.key_bits, S, PAGE), PAGE.hides == "both")
         if PAGE.by_channel:
             scale = by_channel(rows, PAGE.key_scale, S, PAGE, BLOCK)
             low = by_channel(rows, PAGE.key_min, S, PAGE, BLOCK)
@@ -243,7 +243,7 @@ def values(rows, words, valid, S: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.co
     if PAGE.kind == "codes":
         if S * (32 // PAGE.streams) % words_rows(PAGE.value_bits) != 0:
             words = words_of(rows, PAGE.value_at, PAGE.value_bits, S, PAGE, BLOCK)
-        x = kept_apart(codes(words, rows, PAGE.value_bits, S, PAGE), PAGE)
+        x = kept_apart(codes(words, rows, PAGE.value_bits, S, PAGE), PAGE.hides != "")
         scale = by_token(rows, valid, PAGE.value_scale, S, PAGE, BLOCK, MASK)
         low = by_token(rows, valid, PAGE.value_min, S, PAGE, BLOCK, MASK)
         return x * scale + low
