@@ -3,7 +3,7 @@
 # make test-triton-all   every Triton kernel interpreted and compiled for four targets (hours)
 # make gpu-check         the Triton kernels on a GPU: tests, speed, graphs (8 minutes)
 # make gpu-engine        a vLLM engine on a GPU beside stock vLLM
-# make test-vllm-next   the scheduler's tests on the Python files of vLLM's next release
+# make test-vllm-next   scheduler, engines and a server on the Python files of vLLM's next release
 # make test-sanitizers   kernel tests under AddressSanitizer and UBSan (GCC; a build of its own)
 # make deploy-test   builds the image and runs the compose file; needs Docker or podman
 # make setup   creates .venv; the others call it when needed
@@ -47,6 +47,7 @@ gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 
 test-vllm-next: .venv-next/.ready
 	.venv-next/bin/python -m pytest tests/scheduling
+	.venv-next/bin/python -m pytest -m next tests/cache_policies tests/server tests/engine
 
 test-sanitizers: setup
 	scripts/test_sanitizers.sh

@@ -16,6 +16,7 @@ from cache_policies.kernels import KERNELS, kernel_class
 from cache_policies.policy import parse
 from cache_policies.spelling import refuse_near
 from cache_policies.vllm_plugin.config import KERNEL_KEY, POLICY_KEY
+from cache_policies.vllm_plugin.versions import prepare_environment, serve_parser
 from server.api.names import parse_aliases
 from server.api.plugin import MAX_BODY, engine_died
 from server.compression.request import PromptCompression
@@ -30,7 +31,6 @@ ONEDNN_SHAPES = 128
 
 def make_parser() -> argparse.ArgumentParser:
     """VLLM's ``serve`` parser with our options in front."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--api-key-file", help="file with the API key, which then shows in no process list"
     )
-    parser = make_arg_parser(parser)
+    parser = serve_parser(parser)
     # vLLM's default, 0, ends running requests when the server is told to stop.
     parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
     return parser
@@ -172,7 +172,6 @@ def run(argv: list[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_SHAPES))
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
@@ -187,7 +186,7 @@ def run(argv: list[str]) -> None:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         logger.info(choose_threads(len(os.sched_getaffinity(0))))
     else:
-        cli_env_setup()  # as vLLM's own command does: CUDA does not survive a fork
+        prepare_environment()  # as vLLM's own command does: CUDA does not survive a fork
     for text in misspelt(os.environ):
         logger.warning(text)
     size_cache(args, utilization, on_cpu=on_cpu)

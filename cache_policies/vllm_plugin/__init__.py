@@ -1,4 +1,4 @@
-"""The folder of ``cache_policies`` that imports vLLM's internals (0.32; see ``versions``).
+"""The folder of ``cache_policies`` that imports vLLM's internals (0.32 and 0.33; see ``versions``).
 
 ``register`` is the entry point ``vllm.general_plugins``; vLLM calls it in every process,
 before any configuration exists. It stays light: vLLM only logs an import error here, so
@@ -8,6 +8,7 @@ before any configuration exists. It stays light: vLLM only logs an import error 
 BACKEND_PATH = "cache_policies.vllm_plugin.backend.RingStoreBackend"
 GPU_BACKEND_PATH = "cache_policies.vllm_plugin.cuda.GpuBackend"
 FULL_ATTENTION = "full_attention"  # a key of vLLM's AttentionConfig.backend_per_kind
+BLOCK_SIZE = 128  # tokens of a page where nobody chose: vLLM's on a CPU, a kernel's tile on a GPU
 
 
 def register() -> None:

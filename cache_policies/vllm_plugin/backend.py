@@ -26,6 +26,7 @@ from cache_policies.kernels.contract import Shape
 from cache_policies.policy.layouts import is_edge, layouts
 from cache_policies.step.clock import Clock
 from cache_policies.step.cut import Layer, Tokens
+from cache_policies.vllm_plugin import BLOCK_SIZE
 from cache_policies.vllm_plugin.builder import BuilderOfSpec, RingStoreMetadata
 from cache_policies.vllm_plugin.config import Settings, refuse_engine, settings
 from cache_policies.vllm_plugin.heap import HeapTrimmer
@@ -181,7 +182,9 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             self._kernel_class.summary(),
         )
         # Refuses a head size or group now rather than in the first step.
-        self._layouts(vllm_config.cache_config.block_size)
+        # vLLM chooses a block's size after it has made the layers; 0.32's CPU platform did before.
+        cache = vllm_config.cache_config
+        self._layouts(cache.block_size if cache.user_specified_block_size else BLOCK_SIZE)
         self._is_edge(0)
 
     def _layouts(self, page_tokens: int) -> tuple[PageLayout, PageLayout]:

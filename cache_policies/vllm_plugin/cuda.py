@@ -20,7 +20,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.kernels import kernel_class
 from cache_policies.pages.codecs.base import HEAD_SIZES, MODEL_DTYPES, PAGE_STEP
 from cache_policies.retrieval import SparsePrefill
-from cache_policies.vllm_plugin import FULL_ATTENTION
+from cache_policies.vllm_plugin import BLOCK_SIZE, FULL_ATTENTION
 from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.config import KERNEL_KEY, settings, takes_methods
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from cache_policies.pages.layout import PageLayout
     from cache_policies.vllm_plugin.spec import RingStoreSpec
 
-BLOCK_SIZE = 128  # tokens of a page: one tile of the kernels lies in one page
 GPU_KERNELS = ("auto", "triton")
 
 # vLLM shows only loggers below its own name.

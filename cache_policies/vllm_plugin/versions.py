@@ -23,3 +23,21 @@ def end_with_error(scheduler: Any, request_id: str, message: str) -> None:
     from vllm.outputs import RequestError
 
     refused[request_id] = RequestError(code="validation_error", message=message)
+
+
+def serve_parser(parser: Any) -> Any:
+    """VLLM's options of ``serve``, added to a parser; 0.33 has moved what adds them."""
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ImportError:  # 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    return make_arg_parser(parser)
+
+
+def prepare_environment() -> None:
+    """Set what vLLM's own command sets before it serves; 0.33 has moved that too."""
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    cli_env_setup()

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
+pytestmark = pytest.mark.next
+
 
 @pytest.mark.usefixtures("gpu_platform")
 def test_a_gpu_gets_a_backend_of_its_own_name() -> None:

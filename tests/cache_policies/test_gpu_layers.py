@@ -18,7 +18,6 @@ from vllm.v1.attention.backends.utils import (
     get_supported_kv_cache_layouts,
     resolve_kv_cache_layout,
 )
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_bytes_per_block, get_kv_cache_groups
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
@@ -39,12 +38,19 @@ from tests.cache_policies.gpu import (
     window,
 )
 
+try:
+    from vllm.v1.core.kv_cache_planning import _get_kv_cache_bytes_per_block, get_kv_cache_groups
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_bytes_per_block, get_kv_cache_groups
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.config import VllmConfig
 
     from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
+
+pytestmark = pytest.mark.next
 
 
 def _pages(attention: Attention, config: VllmConfig, device: str = "cpu") -> torch.Tensor:

@@ -20,6 +20,8 @@ from tests.cache_policies.gpu import batch, builder_of, layer
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+pytestmark = pytest.mark.next
+
 
 def test_a_batch_that_does_not_say_whose_rows_it_has_takes_no_states(config: VllmConfig) -> None:
     """Dummy batches of V2, and all of hybrid models: slot 0 is a real request's all the while."""

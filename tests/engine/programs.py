@@ -24,7 +24,7 @@ def engine(model: str, policy: str | None, **options: Any) -> Any:
 
     defaults: dict[str, Any] = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0,
-        "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256, "block_size": 128,
+        "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256,
         "disable_log_stats": False,
     }  # fmt: skip
     if policy is not None:

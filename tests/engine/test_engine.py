@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tests.engine.conftest import Program
 
 pytestmark = pytest.mark.engine
+NEXT = pytest.mark.next  # on vLLM's next release too
 RNG = random.Random(5)
 PROMPTS = [[RNG.randrange(256) for _ in range(n)] for n in (3, 127, 128, 300, 700)]
 # Logprobs of one token, computed in another order of summation, in float32.
@@ -30,6 +31,7 @@ def _close(a: Any, b: Any) -> None:
         assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=TOLERANCE)
 
 
+@NEXT
 def test_without_a_policy_vllm_is_as_without_us(program: Program, tiny: str, stock: Any) -> None:
     assert stock["impl"] == "CPUAttentionBackendImpl"
     bare = program("generate", {"VLLM_PLUGINS": ""}, model=tiny, policy=None, prompts=PROMPTS)
@@ -41,6 +43,7 @@ def raw(program: Program, tiny: str) -> Any:
     return program("generate", model=tiny, policy="raw", prompts=PROMPTS)
 
 
+@NEXT
 def test_raw_gives_the_tokens_of_stock_vllm(stock: Any, raw: Any) -> None:
     assert raw["impl"] == "RingStoreImpl"
     _close(raw["results"], stock["results"])
@@ -54,7 +57,10 @@ def test_raw_does_not_depend_on_chunks_or_batch(program: Program, tiny: str, raw
     _close(other["results"], raw["results"])
 
 
-@pytest.mark.parametrize("policy", ["fp16", "int8", "flexgen-4bit", "kivi-4bit", "kivi-2bit"])
+@pytest.mark.parametrize(
+    "policy",
+    ["fp16", "int8", "flexgen-4bit", pytest.param("kivi-4bit", marks=NEXT), "kivi-2bit"],
+)
 def test_a_prefix_hit_equals_a_fresh_run(program: Program, tiny: str, policy: str) -> None:
     """Chunks end where hits end, so both runs attend to the same stored and fresh tokens.
 
@@ -68,6 +74,7 @@ def test_a_prefix_hit_equals_a_fresh_run(program: Program, tiny: str, policy: st
     _close(first, again)
 
 
+@NEXT
 def test_requests_of_one_step_do_not_read_each_others_unwritten_pages(
     program: Program, tiny: str
 ) -> None:
@@ -81,7 +88,7 @@ def test_requests_of_one_step_do_not_read_each_others_unwritten_pages(
     assert together["results"][0]["cached"] == 0
 
 
-@pytest.mark.parametrize("policy", ["raw", "kivi-4bit"])
+@pytest.mark.parametrize("policy", ["raw", pytest.param("kivi-4bit", marks=NEXT)])
 def test_a_pool_that_forces_preemption_loses_nothing(
     program: Program, tiny: str, raw: Any, policy: str
 ) -> None:
@@ -123,7 +130,7 @@ def test_parallel_sampling_and_logprobs(program: Program, tiny: str) -> None:
     assert result["free"] == result["total"]
 
 
-@pytest.mark.parametrize("policy", [None, "raw"])
+@pytest.mark.parametrize("policy", [None, pytest.param("raw", marks=NEXT)])
 def test_a_seed_gives_the_same_answer_in_chunks_beside_others_and_after_a_preemption(
     program: Program, tiny: str, policy: str | None
 ) -> None:

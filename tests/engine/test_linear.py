@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 FREE = ("mamba", "falcon-mamba", "mamba2")
 _random = random.Random(1)
 PROMPTS = [[_random.randrange(3, 500) for _ in range(n)] for n in (600, 300, 40)]
-CACHED = {"enable_prefix_caching": True}  # which vLLM leaves off for these
+CACHED = {"enable_prefix_caching": True, "block_size": 128}  # docs/models.md
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_an_engine_without_a_policy_starts_and_is_vllms(
         assert got["logprobs"][0] == pytest.approx(expected["logprobs"][0], abs=2e-3)
 
 
-@pytest.mark.parametrize("policy", ["raw", "kivi-4bit"])
+@pytest.mark.parametrize("policy", ["raw", pytest.param("kivi-4bit", marks=pytest.mark.next)])
 def test_a_policy_gives_the_tokens_of_v1(v1: Program, v2: Program, tiny: str, policy: str) -> None:
     """Raw on V1 gives those of stock vLLM, see ``test_engine``."""
     arguments = {"model": tiny, "policy": policy, "prompts": PROMPTS, "max_tokens": 8, **SMALL,
@@ -80,6 +80,7 @@ def test_a_policy_gives_the_tokens_of_v1(v1: Program, v2: Program, tiny: str, po
     assert [r["tokens"] for r in got["results"]] == [r["tokens"] for r in expected]
 
 
+@pytest.mark.next
 def test_methods_share_a_batch(v1: Program, v2: Program, tiny: str) -> None:
     arguments = {"model": tiny, "policy": "fp16", "prompts": LONG, "methods": METHODS,
                  "max_tokens": 6, "max_num_batched_tokens": 2048, **SMALL}  # fmt: skip
@@ -88,6 +89,7 @@ def test_methods_share_a_batch(v1: Program, v2: Program, tiny: str) -> None:
     assert got["free"] == got["total"]
 
 
+@pytest.mark.next
 def test_a_prefix_hit_equals_a_fresh_run(v2: Program, tiny: str) -> None:
     methods = ["snapkv(budget=100)", "snapkv(budget=100)", "h2o(heavy=60,recent=60)", "all"]
     got = v2(
@@ -98,6 +100,7 @@ def test_a_prefix_hit_equals_a_fresh_run(v2: Program, tiny: str) -> None:
     assert got["tokens"][0] == got["tokens"][1]
 
 
+@pytest.mark.next
 def test_preemption_keeps_the_policy(v1: Program, v2: Program, tiny: str) -> None:
     """Tokens differ from where a request was preempted on: its answer is attended to in full
     when it starts over. Asynchronous scheduling preempts at other steps.

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 _random = random.Random(1)
 PROMPTS = [[_random.randrange(3, 500) for _ in range(n)] for n in (600, 300, 40)]
-BARE = {"skip_tokenizer_init": True, "enable_prefix_caching": True}
+BARE = {"skip_tokenizer_init": True, "enable_prefix_caching": True, "block_size": 128}
 RWKV_BLOCK = 2 * 64 * 64 * 4 + 2 * 128 * 4  # bytes of a block in one layer, of two
 GRIFFIN = {
     "architectures": ["RecurrentGemmaForCausalLM"], "model_type": "recurrent_gemma",

@@ -16,6 +16,8 @@ from server import serve, startup
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.next
+
 
 def arguments(**options: object) -> argparse.Namespace:
     return argparse.Namespace(**{"port": 8000, "model": "m", "kv_cache_memory_bytes": 1, **options})
@@ -114,8 +116,9 @@ def test_vllm_takes_every_core_when_it_is_told_to_reserve_none(
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     parallel = argparse.Namespace(
-        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
-    )
+        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1,
+        assigned_physical_gpu_ids=None,
+    )  # fmt: skip
     config = argparse.Namespace(parallel_config=parallel, kv_transfer_config=None)
     monkeypatch.setenv(startup.BIND, "auto")
     used = {}
