@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 # the other routes of vLLM that occupy the engine; COMPLETIONS are counted with them
 GENERATING = (
     *COMPLETIONS, "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/v1/systemone",
-    "/invocations", "/inference/v1/generate", "/generative_scoring", "/cohere/v2/chat",
+    "/v1/decisions", "/invocations", "/inference/v1/generate", "/generative_scoring",
+    "/cohere/v2/chat",
 )  # fmt: skip
 CLIENT_LEFT = 499  # before the answer began, by nginx's custom
 LOG = logging.getLogger("kvthrift.requests")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 LOAD_ADAPTER = "/v1/load_lora_adapter"
+STRICT = ("/v1/systemone", "/v1/decisions")  # refuse fields that they do not have
 XARGS = "vllm_xargs"
 _YES = ("true", "1", "yes", "on", "t", "y")  # what pydantic takes for true
 
@@ -58,6 +59,8 @@ async def translate(
         named = _name_method(content, state)
     asked.method, where = _method(content)
     where = "model" if named else where
+    if named and path in STRICT:  # ``asked`` carries the method
+        del content[XARGS]
     if asked.method is not None:
         if asked.beams:
             raise RefusalError(
