@@ -28,7 +28,6 @@ PROMPTS = [[RNG.randrange(256) for _ in range(700 + 13 * i)] for i in range(len(
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
 
 
-@pytest.mark.next
 def test_requests_of_different_policies_share_a_batch(program: Program, tiny: str) -> None:
     """Chunks differ between the runs, so only the methods that do not depend on them compare."""
     arguments = {"model": tiny, "policy": "fp16", "prompts": PROMPTS, "methods": METHODS}
