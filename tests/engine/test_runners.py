@@ -24,6 +24,10 @@ METHODS = [None, "snapkv(budget=100)", "h2o(heavy=60,recent=60)", "streaming-llm
 LONG = [[RNG.randrange(256) for _ in range(280 + 9 * i)] for i in range(len(METHODS))]
 SMALL = {"max_model_len": 512, "max_num_seqs": 8}
 PAGE = 128 * 512 * 4  # raw: two layers of two heads in float32
+NEXT = pytest.mark.next  # on vLLM's next release too
+NEXT_IF_ASYNC = pytest.mark.parametrize(
+    "v2", ["v2", pytest.param("v2-async", marks=NEXT)], indirect=True
+)
 
 
 @pytest.fixture(params=RUNNERS)
@@ -66,7 +70,7 @@ def test_an_engine_without_a_policy_starts_and_is_vllms(
         assert got["logprobs"][0] == pytest.approx(expected["logprobs"][0], abs=2e-3)
 
 
-@pytest.mark.parametrize("policy", ["raw", pytest.param("kivi-4bit", marks=pytest.mark.next)])
+@pytest.mark.parametrize("policy", ["raw", pytest.param("kivi-4bit", marks=NEXT)])
 def test_a_policy_gives_the_tokens_of_v1(v1: Program, v2: Program, tiny: str, policy: str) -> None:
     """Raw on V1 gives those of stock vLLM, see ``test_engine``."""
     arguments = {"model": tiny, "policy": policy, "prompts": PROMPTS, "max_tokens": 8, **SMALL,
@@ -80,7 +84,7 @@ def test_a_policy_gives_the_tokens_of_v1(v1: Program, v2: Program, tiny: str, po
     assert [r["tokens"] for r in got["results"]] == [r["tokens"] for r in expected]
 
 
-@pytest.mark.next
+@NEXT
 def test_methods_share_a_batch(v1: Program, v2: Program, tiny: str) -> None:
     arguments = {"model": tiny, "policy": "fp16", "prompts": LONG, "methods": METHODS,
                  "max_tokens": 6, "max_num_batched_tokens": 2048, **SMALL}  # fmt: skip
@@ -89,7 +93,7 @@ def test_methods_share_a_batch(v1: Program, v2: Program, tiny: str) -> None:
     assert got["free"] == got["total"]
 
 
-@pytest.mark.next
+@NEXT_IF_ASYNC
 def test_a_prefix_hit_equals_a_fresh_run(v2: Program, tiny: str) -> None:
     methods = ["snapkv(budget=100)", "snapkv(budget=100)", "h2o(heavy=60,recent=60)", "all"]
     got = v2(
@@ -100,7 +104,7 @@ def test_a_prefix_hit_equals_a_fresh_run(v2: Program, tiny: str) -> None:
     assert got["tokens"][0] == got["tokens"][1]
 
 
-@pytest.mark.next
+@NEXT_IF_ASYNC
 def test_preemption_keeps_the_policy(v1: Program, v2: Program, tiny: str) -> None:
     """Tokens differ from where a request was preempted on: its answer is attended to in full
     when it starts over. Asynchronous scheduling preempts at other steps.
