@@ -163,12 +163,20 @@ class Span:
         row = self.store_row(computed) + self.plan.store_pages(self._peak_held(computed))
         return max(self.plan.pages(cut), row)
 
-    def most_pages(self, computed: int) -> int:
-        """Pages that the request owns at most on the way to ``computed`` tokens."""
+    def most_pages(self, computed: int, step: int = 1) -> int:
+        """Pages that the request owns at most on the way to ``computed`` tokens.
+
+        Args:
+            computed: tokens.
+            step: most tokens of the steps under way. A request that was preempted computes its
+                answer anew in such steps, and the one of the first cut then goes on behind it.
+
+        """
         cut = self.first_cut
         if cut is None or computed < cut:
             return self.pages(computed)
-        return max(self.pages(cut), self.pages(computed) - len(self.given_back(computed)))
+        crossing = self.pages(min(computed, cut + step - 1))
+        return max(crossing, self.pages(computed) - len(self.given_back(computed)))
 
     def given_back(self, computed: int) -> range:
         """Row indices of the pages that nothing reads once ``computed`` tokens are computed."""

@@ -33,7 +33,8 @@ class Engine:
         plan: the codec's arithmetic.
         layers: attention layers of the model.
         longest: most tokens of a request, prompt and answer.
-        room: pages of the pool; None where no page is published to a prefix cache.
+        room: pages of the pool that a request's row may take; None where no page is published to a
+            prefix cache.
 
     """
 

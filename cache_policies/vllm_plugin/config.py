@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 POLICY_KEY, KERNEL_KEY = "cache_policy", "cache_kernel"
-PROMPT_KEY = "cache_prompt_tokens"  # set by the scheduler, where workers cannot count them
+# set by the scheduler, where workers cannot count them: a prompt's tokens, ``Engine.room``
+PROMPT_KEY, ROOM_KEY = "cache_prompt_tokens", "cache_room"
 SCHEDULERS = "cache_policies.vllm_plugin.scheduler"
 SCHEDULER, ASYNC_SCHEDULER = f"{SCHEDULERS}.PolicyScheduler", f"{SCHEDULERS}.PolicyAsyncScheduler"
 

@@ -19,6 +19,7 @@ from cache_policies.vllm_plugin.config import (
     KERNEL_KEY,
     POLICY_KEY,
     PROMPT_KEY,
+    ROOM_KEY,
     refuse_method,
     settings,
     why_no_policy,
@@ -57,7 +58,7 @@ def check_keys(extra: dict[str, Any]) -> None:
     refuse_near(extra, (POLICY_KEY, KERNEL_KEY), "vllm_xargs")
     if KERNEL_KEY in extra:
         raise PolicyError(f"{KERNEL_KEY} is the server's: kvthrift serve --cache-kernel")
-    for key in (PROMPT_KEY, SLOT_KEY):
+    for key in (PROMPT_KEY, ROOM_KEY, SLOT_KEY):
         if key in extra:
             raise PolicyError(f"{key} is the scheduler's, for the workers; leave it out")
 

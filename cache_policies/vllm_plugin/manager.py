@@ -59,11 +59,18 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         self.given_back = 0  # pages, not counted in the metrics yet
         self._lacking: dict[str, int] = {}  # pages of rows that were given back, by request
         self._engine: Engine | None = None
+        self._step_tokens = 1
         self._requests: Mapping[str, Request] = {}
         self._spans: dict[tuple[Method, int], Span] = {}
 
     def attach(
-        self, requests: Mapping[str, Request], longest: int, layers: int, page_bytes: int
+        self,
+        requests: Mapping[str, Request],
+        longest: int,
+        layers: int,
+        page_bytes: int,
+        room: int,
+        step_tokens: int,
     ) -> None:
         """Let the manager see the scheduler's requests.
 
@@ -72,13 +79,16 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
             longest: most tokens of a request.
             layers: how many share this manager's pages; in a hybrid model not all.
             page_bytes: bytes of a page of the pool.
+            room: pages of the pool that a request's row here may take.
+            step_tokens: most tokens of the steps under way.
 
         """
         spec = self._spec
         self.page_bytes = page_bytes
         self.half_bytes_per_token = 4 * spec.num_kv_heads * spec.head_size * layers
-        room = self.block_pool.num_gpu_blocks - 1 if self.enable_caching else None
-        self._requests, self._engine = requests, Engine(self.plan, self.layers, longest, room)
+        self._step_tokens, self._requests = step_tokens, requests
+        published = room if self.enable_caching else None
+        self._engine = Engine(self.plan, self.layers, longest, published)
 
     def method(self, request: Request) -> Method:
         """What the request chose."""
@@ -110,10 +120,16 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         prefill_end: int = 0,
     ) -> int:
         span = self._span(request_id)
+        # To be let in it needs what it will own at once, which is less than the row it will have.
+        pages = (
+            span.most_pages(num_tokens, self._step_tokens)
+            if apply_admission_cap
+            else span.pages(num_tokens)
+        )
         owned = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         # A hit that nobody holds sits in the free queue: taking it uses a free page too.
         taken: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return max(0, span.pages(num_tokens) - owned) + taken
+        return max(0, pages - owned) + taken
 
     def add_local_computed_blocks(
         self,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
-from cache_policies.vllm_plugin.config import PROMPT_KEY, method_of, settings
+from cache_policies.vllm_plugin.config import PROMPT_KEY, ROOM_KEY, method_of, settings
 from cache_policies.vllm_plugin.mailbox import mailbox_of, slot_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Rows:
             method = method_of(params, self.default)
             if method.is_plain:
                 return None
-            state = RequestState(method, span_of(method, self._engine(), prompt))
+            state = RequestState(method, span_of(method, self._engine(params), prompt))
             slot = slot_of(params)
             if method.prefill is not None and slot is not None:
                 state.reading.report = partial(mailbox_of(self.vllm_config).write, slot)
@@ -101,9 +101,11 @@ class Rows:
         back = self.away.pop(key, None)
         return None if back is None else (output, *back[1:])
 
-    def _engine(self) -> Engine:
+    def _engine(self, params: Any) -> Engine:
         assert self.plan is not None
-        room = self.cache.num_gpu_blocks - 1 if self.cache.enable_prefix_caching else None
+        room = None
+        if self.cache.enable_prefix_caching:  # what layers of other kinds hold the scheduler knows
+            room = (params.extra_args or {}).get(ROOM_KEY, self.cache.num_gpu_blocks - 1)
         return Engine(self.plan, self.layers, self.model.max_model_len, room)
 
     def _leave(self, index: int) -> None:

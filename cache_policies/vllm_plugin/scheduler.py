@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from cache_policies.errors import PolicyError
 from cache_policies.step.request import readable_tokens
-from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, refuse_method
+from cache_policies.vllm_plugin.config import POLICY_KEY, PROMPT_KEY, ROOM_KEY, refuse_method
 from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts, facts_of
 from cache_policies.vllm_plugin.hosts import watch_executor
 from cache_policies.vllm_plugin.mailbox import (
@@ -25,9 +26,9 @@ from cache_policies.vllm_plugin.mailbox import (
     remove_mailbox,
     slot_of,
 )
-from cache_policies.vllm_plugin.manager import RingStoreManager
 from cache_policies.vllm_plugin.metrics import cache_metrics
-from cache_policies.vllm_plugin.versions import end_with_error
+from cache_policies.vllm_plugin.room import Room
+from cache_policies.vllm_plugin.versions import end_with_error, say_why
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -43,23 +44,23 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        coordinator = self.kv_cache_manager.coordinator
-        self.policy_managers = [
-            m for m in coordinator.single_type_managers if isinstance(m, RingStoreManager)
-        ]
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.room = Room.of(managers, self.vllm_config)
+        self.policy_managers = self.room.ours
         self._hit_tokens: dict[str, int] = {}
+        self._refused: dict[str, str] = {}  # since the last step's outputs, and why
         pool = self.kv_cache_config
         for manager in self.policy_managers:
             layers = len(pool.kv_cache_groups[manager.kv_cache_group_id].layer_names)
             # vLLM states the size of the whole allocation with each part of it
             page_bytes = pool.kv_cache_tensors[0].size // pool.num_blocks
-            manager.attach(self.requests, self.max_model_len, layers, page_bytes)
-        ours = {manager.kv_cache_group_id for manager in self.policy_managers}
-        stock = [g.kv_cache_spec for i, g in enumerate(pool.kv_cache_groups) if i not in ours]
-        self._stock_pages = sum(  # of a request at most, in layers of other kinds
-            -(-spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes)
-            for spec in stock
-        )
+            manager.attach(
+                self.requests, self.max_model_len, layers, page_bytes,
+                self.room.row(self.max_model_len), self.room.step_tokens,
+            )  # fmt: skip
+        # Workers count the pool's pages themselves, and know nothing of other groups of layers.
+        told = self.policy_managers and len(managers) > 1 and self.kv_cache_manager.enable_caching
+        self._told = {ROOM_KEY: self.room.row(self.max_model_len)} if told else {}
         self._metrics = cache_metrics()
         for manager in self.policy_managers[:1]:
             self._metrics.start(manager, self.vllm_config.parallel_config.data_parallel_index)
@@ -67,42 +68,52 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         # Samples of one prompt share theirs where the engine runs in the caller's process.
-        request.sampling_params = copy(request.sampling_params)
-        if request.prompt_token_ids is None and request.sampling_params is not None:
+        params = request.sampling_params = copy(request.sampling_params)
+        told = self._told
+        if request.prompt_token_ids is None:
             # V1's workers learn a prompt's length from its tokens, which embeddings have none of.
-            known = request.sampling_params.extra_args or {}
-            request.sampling_params.extra_args = {**known, PROMPT_KEY: request.num_prompt_tokens}
-        super().add_request(request)
+            told = {**told, PROMPT_KEY: request.num_prompt_tokens}
+        if told and params is not None:
+            params.extra_args = {**(params.extra_args or {}), **told}
         try:
             self._refuse(request)
             self._give_slot(request)
         except PolicyError as error:
-            # Too late for an HTTP 400, which only a check without the model can give: the
-            # request ends with an error, by the way vLLM has for its own late refusals.
-            logger.error("request %s is refused: %s", request.request_id, error)
-            known = request.sampling_params.extra_args or {}
-            # until it ends, one under the engine's method, which was given no slot
-            extra = {k: v for k, v in known.items() if k not in {POLICY_KEY, SLOT_KEY}}
-            request.sampling_params.extra_args = extra
-            end_with_error(self, request.request_id, str(error))
+            self._end(request, str(error))
+        super().add_request(request)
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Let a request end with an error that only the engine can know of, not computed at all."""
+        logger.error("request %s is refused: %s", request.request_id, reason)
+        known = request.sampling_params.extra_args or {}
+        # at its end it is counted as one under the engine's method, which was given no slot
+        extra = {k: v for k, v in known.items() if k not in {POLICY_KEY, SLOT_KEY}}
+        request.sampling_params.extra_args = extra
+        # Until then it waits, by what vLLM has for that, for a grammar that never comes.
+        request.structured_output_request = None
+        request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        self._refused[request.request_id] = reason
+        end_with_error(self, request.request_id, reason)
 
     def _refuse(self, request: Request) -> None:
         if self.policy_managers and request.resumable:
             raise PolicyError("a cache policy cannot serve prompts that are streamed in pieces")
         for manager in self.policy_managers:
             refuse_method(manager.method(request), self.vllm_config)
-            self._refuse_size(manager, request)
+        if self.policy_managers:
+            self._refuse_size(request)
 
-    def _refuse_size(self, manager: RingStoreManager, request: Request) -> None:
+    def _refuse_size(self, request: Request) -> None:
         """Refuse what would wait forever: the pool is sized for requests of the engine's method."""
         longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        needed = manager.span(request).most_pages(longest) + self._stock_pages
-        room = manager.block_pool.num_gpu_blocks - 1
-        if needed > room:
+        # the last token of an answer is never computed
+        needed = self.room.needed(request, max(request.num_prompt_tokens, longest - 1))
+        if needed > self.room.pages:
             raise PolicyError(
-                f"{longest} tokens of prompt and answer under {manager.method(request)} need "
-                f"{needed} pages of the cache, which has {room}; ask for fewer tokens "
-                f"(max_tokens), or leave out {POLICY_KEY}: the cache is sized for the engine's own"
+                f"{longest} tokens of prompt and answer under "
+                f"{self.policy_managers[0].method(request)} need {needed} pages of the cache, "
+                f"which has {self.room.pages}; ask for fewer tokens (max_tokens), or leave out "
+                f"{POLICY_KEY}: the cache is sized for the engine's own"
             )
 
     def _give_slot(self, request: Request) -> None:
@@ -145,7 +156,9 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         vLLM matches stop strings in the API process; the engine then sees an abort, which has no
         output. Can go when a stop string ends a request in the engine.
         """
+        refused, self._refused = self._refused, {}
         batches = super().update_from_output(*args, **kwargs)
+        say_why(batches, refused)
         for batch in batches.values() if self.policy_managers else ():
             for output in batch.outputs:
                 request = self.requests.get(output.request_id)

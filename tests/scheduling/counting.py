@@ -15,7 +15,11 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
+)
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -30,7 +34,10 @@ from cache_policies.step.request import RequestState
 from cache_policies.vllm_plugin.spec import RingStoreSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from cache_policies.vllm_plugin.manager import RingStoreManager
 
@@ -38,18 +45,39 @@ PAGE, LAYERS, LONGEST = 128, 2, 1024
 
 
 class Engine:
-    """Scheduler and counting workers; steps in flight where scheduling is asynchronous."""
+    """Scheduler and counting workers; steps in flight where scheduling is asynchronous.
 
-    def __init__(self, folder: Path, policy: str, pages: int, *, asynchronous: bool) -> None:
+    Args:
+        folder: of the model's configuration.
+        policy: of the engine.
+        pages: of the pool, one of which is nobody's.
+        asynchronous: scheduling.
+        beside: specs of layers of other kinds, a group each.
+        chunk: most tokens of a step.
+        caching: whether there is a prefix cache.
+
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        policy: str,
+        pages: int,
+        *,
+        asynchronous: bool,
+        beside: Sequence[KVCacheSpec] = (),
+        chunk: int = 256,
+        caching: bool = True,
+    ) -> None:
         model = ModelConfig(str(folder), tokenizer_mode="auto", skip_tokenizer_init=True,
                             dtype="float32", max_model_len=LONGEST)  # fmt: skip
         self.config = VllmConfig(
             model_config=model,
             additional_config={"cache_policy": policy},
             device_config=DeviceConfig("cpu"),
-            cache_config=CacheConfig(block_size=PAGE, enable_prefix_caching=True),
+            cache_config=CacheConfig(block_size=PAGE, enable_prefix_caching=caching),
             scheduler_config=SchedulerConfig(
-                max_num_batched_tokens=256, max_num_seqs=8, max_model_len=LONGEST,
+                max_num_batched_tokens=chunk, max_num_seqs=8, max_model_len=LONGEST,
                 is_encoder_decoder=False, enable_chunked_prefill=True,
             ),
         )  # fmt: skip
@@ -62,18 +90,23 @@ class Engine:
         self.config.cache_config.num_gpu_blocks = pages
         page = self.spec.page_size_bytes
         tensor = KVCacheTensor(LAYERS * pages * page, names, pages * page, page)
-        kv = KVCacheConfig(pages, [tensor], [KVCacheGroupSpec(names, self.spec)])
+        others = [KVCacheGroupSpec([f"other.{i}"], spec) for i, spec in enumerate(beside)]
+        kv = KVCacheConfig(pages, [tensor], [KVCacheGroupSpec(names, self.spec), *others])
+        modes = [getattr(spec, "mamba_cache_mode", "none") for spec in beside]
+        self.config.cache_config.mamba_cache_mode = max(modes, default="none", key="align".__eq__)
+        block, hashed = resolve_kv_cache_block_sizes(kv, self.config)
         self.spec.max_memory_usage_bytes(self.config)
         self.scheduler: Any = self.config.scheduler_config.get_scheduler_cls()(
             vllm_config=self.config,
             kv_cache_config=kv,
             structured_output_manager=StructuredOutputManager(self.config),
-            block_size=PAGE,
+            block_size=block,
+            hash_block_size=hashed,
             log_stats=True,
         )
         hashing = get_hash_fn_by_name("sha256")
         init_none_hash(hashing)
-        self.hasher = get_request_block_hasher(PAGE, hashing)
+        self.hasher = get_request_block_hasher(hashed, hashing)
         self.manager: RingStoreManager = self.scheduler.policy_managers[0]
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.depth = 2 if asynchronous else 1
@@ -127,6 +160,6 @@ class Engine:
             store = span.store_row(before)
             used = [*range(self.manager.plan.ring_pages), *range(store, span.pages(after))]
             assert not any(row[i].is_null for i in used), "a page that is read was given back"
-            # the token of a prompt that is not complete is thrown away
-            tokens.append([before % 50] if after >= request.num_prompt_tokens else [])
+            # the token of a prompt, or of an answer computed anew, that is not complete is dropped
+            tokens.append([before % 50] if after >= request.num_tokens else [])
         return ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, tokens)
