@@ -84,7 +84,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
 
     def _end(self, request: Request, reason: str) -> None:
         """Let a request end with an error that only the engine can know of, not computed at all."""
-        logger.error("request %s is refused: %s", request.request_id, reason)
+        logger.warning("request %s is refused: %s", request.request_id, reason)
         known = request.sampling_params.extra_args or {}
         # at its end it is counted as one under the engine's method, which was given no slot
         extra = {k: v for k, v in known.items() if k not in {POLICY_KEY, SLOT_KEY}}

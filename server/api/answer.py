@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.vllm_plugin.facts import KV_CACHE
+from server.api.refusal import RefusalError
 from server.compression.request import FIELD as COMPRESSION
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 class Answer:
     """Passes an answer on; that of a completion with ``usage.kv_cache`` put in.
 
+    A stream under a method of its own begins with its first event: until then the engine may refuse
+    it, which is an HTTP 400 as it is without a stream, and not an event after a 200.
+
     Args:
         asked: the request, on which is noted what it held.
         send: to the client.
@@ -27,7 +31,8 @@ class Answer:
 
     def __init__(self, asked: Asked, send: Send, *, complete: bool) -> None:
         self._asked, self._send, self._complete = asked, send, complete
-        self._start: Message | None = None
+        self._start: Message | None = None  # of an answer that has not begun
+        self._stream = self._refused = False
         self._parts: list[bytes] = []
         self.compression: Report | None = None
         self.status = 0
@@ -35,11 +40,22 @@ class Answer:
         self.usage: dict[str, Any] = {}
 
     async def send(self, message: Message) -> None:
+        if self._refused:  # what vLLM makes of it
+            return
         if message["type"] == "http.response.start":
+            if self._complete and message["status"] == 200:
+                self._stream = not _is_json(message)
+                if not self._stream or self._asked.method is not None:
+                    self._start = message
+                    return
             self.status = message["status"]
-            if self._complete and _is_json(message) and message["status"] == 200:
-                self._start = message  # its length is not known yet
+        elif self._start is not None and self._stream:
+            start, self._start = self._start, None
+            if self._asked.refusal is not None:
+                await self._refuse(self._asked.refusal)
                 return
+            await self._begin(start)
+            message = self._pass(message)
         elif self._start is not None:
             self._parts.append(message.get("body", b""))
             if message.get("more_body"):
@@ -48,11 +64,22 @@ class Answer:
             start, self._start = self._start, None
             headers = [(k, v) for k, v in start["headers"] if k != b"content-length"]
             headers.append((b"content-length", str(len(body)).encode()))
-            await self._send({**start, "headers": headers})
+            await self._begin({**start, "headers": headers})
             message = {"type": "http.response.body", "body": body}
         elif self._complete and self.status == 200:
             message = self._pass(message)
         await self._send(message)
+
+    async def _begin(self, start: Message) -> None:
+        self.status = start["status"]
+        await self._send(start)
+
+    async def _refuse(self, reason: str) -> None:
+        self._refused = True
+        found = RefusalError(400, reason).response()
+        start = {"type": "http.response.start", "status": 400, "headers": found.raw_headers}
+        await self._begin(start)
+        await self._send({"type": "http.response.body", "body": found.body})
 
     def _pass(self, message: Message) -> Message:
         """A part of a stream; only those with a usage field are touched."""

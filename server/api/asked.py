@@ -13,8 +13,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+
 from cache_policies.vllm_plugin.config import POLICY_KEY
 from cache_policies.vllm_plugin.facts import KV_CACHE, KVCacheFacts
+from cache_policies.vllm_plugin.versions import why_refused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -28,12 +31,15 @@ class Asked:
         method: of the cache, for every sequence it generates; None: it did not say.
         facts: what those of its prompts held that have ended, in the order of their ends.
         beams: it searches beams, each step of which is a request to the engine: none is noted.
+        refusal: why the engine refused one of its prompts before it had an output; None: it did
+            not.
 
     """
 
     method: str | None = None
     facts: list[dict[str, Any]] = field(default_factory=list)
     beams: bool = False
+    refusal: str | None = None
 
     def under(self, params: Any) -> Any:
         """Sampling parameters that carry the method, where they do not yet."""
@@ -51,17 +57,28 @@ class Asked:
             outputs: of the engine for one prompt.
             constant: bytes of any request to a model without attention, else zero.
 
+        Raises:
+            VLLMValidationError: the engine refused the prompt, of which vLLM makes an HTTP 400.
+
         """
         lengths: Counter[int] = Counter()  # a stream's outputs have the tokens since the last
-        async with aclosing(outputs):
-            async for output in outputs:
-                if constant:
-                    lengths.update({o.index: len(o.token_ids) for o in output.outputs})
-                if output.finished and not self.beams:
-                    held = constant and _constant_facts(output, max(lengths.values()), constant)
-                    found = held or (output.kv_transfer_params or {}).get(KV_CACHE)
-                    self.facts += [found] if found else []
-                yield output
+        begun = False
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if reason := why_refused(output):
+                        raise VLLMValidationError(reason)
+                    if constant:
+                        lengths.update({o.index: len(o.token_ids) for o in output.outputs})
+                    if output.finished and not self.beams:
+                        held = constant and _constant_facts(output, max(lengths.values()), constant)
+                        found = held or (output.kv_transfer_params or {}).get(KV_CACHE)
+                        self.facts += [found] if found else []
+                    begun = True
+                    yield output
+        except VLLMClientError as error:
+            self.refusal = self.refusal if begun else str(error)
+            raise
 
 
 CURRENT: ContextVar[Asked | None] = ContextVar("kvthrift_asked", default=None)

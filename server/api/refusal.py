@@ -20,8 +20,8 @@ class RefusalError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.headers = status, message, param, headers
 
-    def response(self, path: str) -> JSONResponse:
-        """The answer on a route."""
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer on a route, which is one of OpenAI's where none is given."""
         return JSONResponse(self._content(path), self.status, self.headers)
 
     def _content(self, path: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from cache_policies.step.request import RequestState
 from cache_policies.vllm_plugin.spec import RingStoreSpec
+from cache_policies.vllm_plugin.versions import why_refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,6 +113,7 @@ class Engine:
         self.depth = 2 if asynchronous else 1
         self.states: dict[str, RequestState] = {}
         self.errors: set[str] = set()
+        self.reasons: dict[str, str] = {}  # of errors, as they go to the server's process
 
     @property
     def pool(self) -> Any:
@@ -135,12 +137,12 @@ class Engine:
             len(self.in_flight) >= self.depth or not self.scheduler.has_requests()
         ):
             batches = self.scheduler.update_from_output(*self.in_flight.popleft())
-            self.errors |= {
-                o.request_id
-                for batch in batches.values()
-                for o in batch.outputs
-                if str(o.finish_reason) == "error"
-            }
+            for output in (o for batch in batches.values() for o in batch.outputs):
+                if str(output.finish_reason) == "error":
+                    self.errors.add(output.request_id)
+                    error = getattr(output, "error", None)  # from vLLM 0.33 on
+                    reason = error.message if error else why_refused(output)
+                    self.reasons[output.request_id] = str(reason)
 
     def _compute(self, scheduled: Any) -> ModelRunnerOutput:
         """What a worker does with a step: it follows the plan and fails where it is broken."""

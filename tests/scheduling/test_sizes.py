@@ -20,11 +20,16 @@ def test_a_bounded_engine_is_sized_for_its_own_method(llama: Path) -> None:
     engine.add("whole", [5] * 900, 100, "all")
     engine.add("answer", [5] * 30, 600, "all")
     engine.add("short", [5] * 400, 100, "all")
-    finished = 0
+    finished, computed = 0, set()
     while engine.scheduler.requests and finished < 1200:
         engine.step()
+        computed |= set(engine.states)
         finished += 1
     assert engine.errors == {"whole", "answer"}
+    assert computed == {"long", "short"}, "what is refused is not computed"
+    assert engine.reasons["whole"].startswith(
+        "1000 tokens of prompt and answer under all need 8 pages of the cache, which has 4; ask for"
+    )
     assert not engine.scheduler.requests
     assert engine.pool.get_num_free_blocks() == 5 - 1
 

@@ -12,7 +12,10 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from vllm import SamplingParams
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMError
 
+from cache_policies.vllm_plugin.versions import REFUSAL
 from server.api.asked import watch
 from server.api.middleware import Limits, PolicyMiddleware
 from server.api.names import ModelNames
@@ -27,8 +30,17 @@ FACTS = {
 }  # fmt: skip
 
 
+async def error(_: Request, found: Exception) -> JSONResponse:
+    """As vLLM's handler of its errors."""
+    response = create_error_response(found)
+    return JSONResponse(response.model_dump(), response.error.code)
+
+
 class Engine:
-    """Ends every prompt when it is let, and remembers under which method it came."""
+    """Ends every prompt when it is let, and remembers under which method it came.
+
+    Of a prompt that begins with "refuse" it says why it cannot be, as its scheduler would.
+    """
 
     def __init__(self) -> None:
         self.methods: list[str | None] = []
@@ -40,11 +52,19 @@ class Engine:
         try:
             if gate := self.gates.get(prompt):
                 await gate.wait()
+            if prompt.startswith("refuse"):
+                yield SimpleNamespace(finished=True, kv_transfer_params={REFUSAL: "too large"})
+                return
             yield SimpleNamespace(finished=False, kv_transfer_params=None)
             held = {**FACTS, "prompt_tokens": len(prompt)}
             yield SimpleNamespace(finished=True, kv_transfer_params={"kv_cache": held})
         finally:
             self.closed += 1
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """One of a stream."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 class Server:
@@ -59,7 +79,8 @@ class Server:
         self.held.set()
         self.engine = Engine()
         watch(self.engine)
-        app = Starlette(routes=[Route("/{path:path}", self.answer, methods=["POST"])])
+        routes = [Route("/{path:path}", self.answer, methods=["POST"])]
+        app = Starlette(routes=routes, exception_handlers={VLLMError: error})
         self.app = PolicyMiddleware(app, self.state, Limits(max_body, max_requests, log=True))
 
     async def answer(self, request: Request) -> Any:
@@ -89,12 +110,17 @@ class Server:
 
     async def events(self, name: str, prompts: list[str]) -> Any:
         """Server-sent events with continuous usage, as vLLM writes them."""
-        start = {"id": name, "choices": [{"text": 'a "usage":{ b'}]}
-        yield b"data: " + json.dumps(start, separators=(",", ":")).encode() + b"\n\n"
-        for prompt in prompts:
-            usage: dict[str, Any] = {"id": name, "choices": [], "usage": {"prompt_tokens": 10}}
-            async for _ in self.engine.generate(prompt, SamplingParams(), name):
-                yield b"data: " + json.dumps(usage, separators=(",", ":")).encode() + b"\n\n"
+        try:
+            begun = False
+            for prompt in prompts:
+                usage: dict[str, Any] = {"id": name, "choices": [], "usage": {"prompt_tokens": 10}}
+                async for _ in self.engine.generate(prompt, SamplingParams(), name):
+                    if not begun:
+                        yield event({"id": name, "choices": [{"text": 'a "usage":{ b'}]})
+                    begun = True
+                    yield event(usage)
+        except VLLMError as found:
+            yield event(create_error_response(found).model_dump())
         yield b"data: [DONE]\n\n"
 
     def client(self) -> httpx.AsyncClient:
