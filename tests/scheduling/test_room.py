@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -126,7 +126,7 @@ def walk(case: Case, engine: Engine) -> Seen:
 
     coordinator.get_num_blocks_to_allocate, engine._compute = asked, computed  # type: ignore[method-assign]
     request, stops = case.add(engine), sorted(case.stops)
-    for _ in range(8 * LONGEST):
+    for _ in range(3 * LONGEST):
         if not scheduler.requests:
             return seen
         engine.step()
@@ -148,11 +148,55 @@ def walk(case: Case, engine: Engine) -> Seen:
     ),
     method=st.sampled_from(METHODS),
     prompt=st.integers(1, 900),
-    answer=st.integers(1, 300),
+    answer=st.integers(1, 700),
     chunk=st.sampled_from([128, 200, 256, 512, 1000]),
-    stop=st.integers(0, 300),
+    stop=st.integers(0, 700),
     asynchronous=st.booleans(),
     caching=st.booleans(),
+)
+@example(  # let in again with an answer of more tokens than a step's behind the first cut
+    beside=[],
+    policy="fp16",
+    method="snapkv(budget=100)",
+    prompt=300,
+    answer=600,
+    chunk=128,
+    stop=0,
+    asynchronous=False,
+    caching=True,
+)
+@example(  # two steps under way, and a chunk that begins within a block
+    beside=[chunked(300)],
+    policy="fp16",
+    method="all",
+    prompt=900,
+    answer=9,
+    chunk=256,
+    stop=0,
+    asynchronous=True,
+    caching=True,
+)
+@example(  # a step goes on behind the first cut
+    beside=[],
+    policy="fp16",
+    method="snapkv(budget=100)",
+    prompt=200,
+    answer=700,
+    chunk=512,
+    stop=0,
+    asynchronous=False,
+    caching=True,
+)
+@example(
+    beside=[states()],
+    policy="fp16",
+    method="all",
+    prompt=500,
+    answer=9,
+    chunk=256,
+    stop=0,
+    asynchronous=False,
+    caching=True,
 )
 def test_what_fits_is_served_and_what_does_not_is_refused(
     llama: Path,
