@@ -165,35 +165,35 @@ def walk(case: Case, engine: Engine) -> Seen:
     asynchronous=False,
     caching=True,
 )
-@example(  # two steps under way, and a chunk that begins within a block
-    beside=[chunked(300)],
-    policy="fp16",
+@example(  # a step that begins and ends within a block of chunks
+    beside=[chunked(200)],
     method="all",
-    prompt=900,
+    prompt=647,
     answer=9,
     chunk=256,
-    stop=0,
-    asynchronous=True,
-    caching=True,
-)
-@example(  # a step goes on behind the first cut
-    beside=[],
     policy="fp16",
-    method="snapkv(budget=100)",
-    prompt=200,
-    answer=700,
-    chunk=512,
     stop=0,
     asynchronous=False,
     caching=True,
 )
-@example(
-    beside=[states()],
+@example(  # let in again, a step goes on behind the first cut
+    beside=[],
+    method="snapkv(budget=100)",
+    prompt=300,
+    answer=200,
+    chunk=512,
     policy="fp16",
+    stop=0,
+    asynchronous=False,
+    caching=True,
+)
+@example(  # a state behind the step and the one before it
+    beside=[states()],
     method="all",
     prompt=500,
     answer=9,
     chunk=256,
+    policy="fp16",
     stop=0,
     asynchronous=False,
     caching=True,

@@ -16,8 +16,8 @@ def test_a_bounded_engine_is_sized_for_its_own_method(llama: Path) -> None:
     engine = Engine(llama, policy, 5, asynchronous=False)
     spec = engine.spec
     assert spec.max_memory_usage_bytes(engine.config) == (2 + 1) * spec.page_size_bytes
-    engine.add("long", [5] * 900, 100, "nonsense")  # the engine's own
     engine.add("whole", [5] * 900, 100, "all")
+    engine.add("long", [5] * 900, 100, "nonsense")  # the engine's own
     engine.add("answer", [5] * 30, 600, "all")
     engine.add("short", [5] * 400, 100, "all")
     finished, computed = 0, set()
