@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-import vllm
 
 from loadtest.commands.process import running_server
 from tests.engine.conftest import FLAGS
@@ -14,11 +13,12 @@ from tests.engine.conftest import FLAGS
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.engine, pytest.mark.next]
+pytestmark = pytest.mark.engine
 PROMPT = list(range(3, 203))
 PAGE = 128 * 256 * 4  # fp16: two layers of two heads
 
 
+@pytest.mark.next
 def test_what_outgrows_the_pool_is_refused_when_it_comes(tiny: str, tmp_path: Path) -> None:
     policy = "streaming-llm(window=124)+fp16"
     arguments = [tiny, "--cache-policy", policy, *FLAGS[:-1], str(9 * PAGE)]
@@ -43,13 +43,40 @@ def test_what_outgrows_the_pool_is_refused_when_it_comes(tiny: str, tmp_path: Pa
         early = ask("snappkv", 4)
         assert (early.status_code, "unknown cache policy" in early.text) == (400, True)
         late, why = ask("all", 1800), "under all need 16 pages of the cache, which has 8"
+        assert (late.status_code, why in late.json()["error"]["message"]) == (400, True)
         assert why in server.log.read_text()
-        if vllm.__version_tuple__ < (0, 33):  # has no way for the message
-            assert late.status_code == 500
-        else:
-            assert late.status_code == 400
-            assert why in late.json()["error"]["message"]
         assert ask("all", 20).status_code == 200
         assert 'kvthrift_requests_total{finish_reason="length"' in (
             httpx.get(f"{server.url}/metrics").text
         )
+
+
+def test_a_late_refusal_is_a_400_with_the_reason_on_all_routes(smollm2: Path, tmp_path: Path) -> None:
+    assert smollm2.exists()
+    arguments = [
+        "smollm2-135m", "--cache-policy", "streaming-llm(window=508)+fp16", "--enforce-eager",
+        "--max-model-len", "8192", "--kv-cache-memory-bytes", str(24 << 20),
+    ]  # fmt: skip
+    text = "word " * 3000
+    asks = {
+        "completions": {"prompt": text},
+        "chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "responses": {"input": text},
+    }
+    with running_server(arguments, tmp_path / "log") as server:
+
+        def post(route: str, **body: object) -> httpx.Response:
+            body = {"model": "smollm2-135m", "max_tokens": 4, **body}
+            return httpx.post(f"{server.url}/v1/{route}", json=body, timeout=300)
+
+        whole = {"vllm_xargs": {"cache_policy": "all"}}
+        for route, ask in asks.items():
+            for stream in (False, True)[: 1 if route == "responses" else 2]:
+                model = {"model": "smollm2-135m@all"} if route == "responses" else whole
+                answer = post(route, stream=stream, **model, **ask)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"]) == (400, 400)
+                assert "pages of the cache, which has 7; ask for fewer tokens" in error["message"]
+        assert post("completions", prompt=text).status_code == 200  # the engine's own method
+        short = post("completions", prompt="word " * 300, stream=True, **whole)
+        assert (short.status_code, "data: [DONE]" in short.text) == (200, True)
