@@ -51,7 +51,9 @@ def test_what_outgrows_the_pool_is_refused_when_it_comes(tiny: str, tmp_path: Pa
         )
 
 
-def test_a_late_refusal_is_a_400_with_the_reason_on_all_routes(smollm2: Path, tmp_path: Path) -> None:
+def test_a_late_refusal_is_a_400_with_the_reason_on_all_routes(
+    smollm2: Path, tmp_path: Path
+) -> None:
     assert smollm2.exists()
     arguments = [
         "smollm2-135m", "--cache-policy", "streaming-llm(window=508)+fp16", "--enforce-eager",
