@@ -48,6 +48,7 @@ gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 test-vllm-next: .venv-next/.ready
 	.venv-next/bin/python -m pytest tests/scheduling
 	.venv-next/bin/python -m pytest -m next tests/cache_policies tests/server tests/engine
+	.venv-next/bin/python -m pytest -k triton tests/kernels
 
 test-sanitizers: setup
 	scripts/test_sanitizers.sh

@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 next="vllm==0.33.0"
-beside="orjson==3.13.0" # what its server needs and that of .venv did not
+# What its server needs and that of .venv did not, and the Triton of its torch for CUDA.
+beside=("orjson==3.13.0" "triton==3.8.0")
 
 rm -rf .venv-next
 .venv/bin/python -m venv --without-pip .venv-next
@@ -24,7 +25,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
 PYTHON
 rm -r .venv-next/wheel
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-  --target "$site" "$beside"
+  --target "$site" "${beside[@]}"
 # Of one release the extensions, of another what calls them: the operators that our tests need did
 # not change, and a test that calls one that did fails by its name.
 ln -s "$base"/vllm/*.so "$site/vllm/"
