@@ -15,6 +15,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.cuda import GpuBackend
 
+try:
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core import kv_cache_utils as planning  # noqa: F401  # for the tests
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_layout import KVCacheLayout

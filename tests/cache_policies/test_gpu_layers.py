@@ -34,14 +34,10 @@ from tests.cache_policies.gpu import (
     batch,
     builder_of,
     layer,
+    planning,
     spec_of,
     window,
 )
-
-try:
-    from vllm.v1.core.kv_cache_planning import _get_kv_cache_bytes_per_block, get_kv_cache_groups
-except ImportError:  # vLLM 0.32
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_bytes_per_block, get_kv_cache_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,8 +125,8 @@ def test_pages_beside_windows_are_packed_whatever_the_windows_backend_prefers(
     names = [x.name for x in get_supported_kv_cache_layouts([Windows, GpuBackend])]
     layout = resolve_kv_cache_layout(config, [names], list(specs.values()))
     assert layout is KVCacheLayout.BLHNC
-    groups = get_kv_cache_groups(config, specs)
-    block = _get_kv_cache_bytes_per_block(groups, layout)
+    groups = planning.get_kv_cache_groups(config, specs)
+    block = planning._get_kv_cache_bytes_per_block(groups, layout)
     ours = specs[layers[5].layer_name]
     raw = 3 * 2 * KV_HEADS * SIZE * config.model_config.dtype.itemsize
     assert 3 * ours.page_size_bytes <= block  # three layers of ours lie in one block

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
@@ -19,7 +18,7 @@ from cache_policies.kernels.triton.kernel import TritonKernel
 from cache_policies.vllm_plugin import backend, cuda
 from cache_policies.vllm_plugin.backend import RingStoreBackend
 from cache_policies.vllm_plugin.cuda import GpuBackend
-from tests.cache_policies.gpu import CPU, layer, spec_of, window
+from tests.cache_policies.gpu import CPU, layer, planning, spec_of, window
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels that are interpreted are not compiled", allow_module_level=True)
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
     from tests.kernels.triton.absent import AbsentGpu
+
+pytestmark = pytest.mark.next
 
 
 @pytest.fixture
@@ -164,8 +165,8 @@ def test_pages_lie_where_sixteen_divides(config: VllmConfig, name: str, windows:
         for x in layers
     }
     config.cache_config.kv_cache_layout = name
-    groups = get_kv_cache_groups(config, specs)
-    allocated = get_kv_cache_config_from_groups(config, groups, 1 << 27)
+    groups = planning.get_kv_cache_groups(config, specs)
+    allocated = planning.get_kv_cache_config_from_groups(config, groups, 1 << 27)
     caches = allocate_kv_cache(allocated, torch.device("cpu"), layout)
     for x in layers:
         if not x.sliding_window:
