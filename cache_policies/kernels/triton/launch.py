@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WAVES = 4  # of 64 lanes: with more, a program has half the registers of an AMD GPU, and spills
 REGISTERS = 255  # a thread's most on NVIDIA GPUs
+REGISTER_FILE = 1 << 16  # what the threads of a program have together
 BLACKWELL = 100  # compute capability, as Triton says it
 
 
@@ -63,7 +64,8 @@ class Launch:
 
     def with_all_registers(self) -> Launch:
         """The same where NVIDIA's assembler, left alone, spills to run more programs at a time."""
-        return replace(self, options=self.options | {"maxnreg": REGISTERS})
+        most = min(REGISTERS, REGISTER_FILE // (32 * self.options["num_warps"]))
+        return replace(self, options=self.options | {"maxnreg": most})
 
     def note_spills(self) -> bool:
         """Let ``here`` give it all registers; False if it has them, or the GPU is AMD's."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import triton.language as tl
+
 from cache_policies.kernels.triton.page import CODES, INT8
 
 if TYPE_CHECKING:
@@ -63,13 +65,16 @@ class Tiles:
         few = page.width == 64 and not page.by_channel if coded else wide and number_bytes == 2
         many_block = 32 if wide or number_bytes == 4 else 64
         block = 64 if number_bytes == 2 else many_block  # 32 of 256 channels spill on sm_80
+        # Float32 is multiplied as three products in TF32: with more rows these spill, and raw pages
+        # take more shared memory than sm_86 has.
+        exact = page.recent == tl.float32
         part = page.width
         if coded and page.group < size:  # a power of two that divides the head size
             part = max(page.group, min(64, size & -size))
         return cls(
             block=128 if coded else block,
             many_block=128 if coded else many_block,
-            recent=16 if few else 32,
+            recent=16 if few or exact else 32,
             span=max(32, page.group) if page.by_channel else 32,
             part_width=part,
             parts=-(-size // part),
@@ -79,8 +84,8 @@ class Tiles:
             encode_warps=8 if wide or (coded and part > 64) else 4,
             # Codes are decoded in registers: they spill on sm_80 with 64 rows on four warps, take
             # more instructions for a row on eight, and those of 2 bits spill on sm_90 with 32 rows.
-            many_rows=(16 if wide else 32) if coded else 64,
-            many_warps=8 if wide or crowded else 4,
+            many_rows=16 if exact else (16 if wide else 32) if coded else 64,
+            many_warps=8 if wide or (page.width > 64 if exact else crowded) else 4,
             # A second stage takes registers that these have not: int8 spills on sm_80 with it.
             stages=1 if wide or page.kind == INT8 else 2,
         )
