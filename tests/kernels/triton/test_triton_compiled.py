@@ -19,8 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests.kernels.triton.aot import SHARED, TARGETS, compiled, launches
 
-# Of 256 channels; half the tokens in a tile take no spills, and 35 to 45% more instructions a code.
-SPILLS = 140
+# Instructions that a kernel may spill by; half the tokens in a tile would end it, with a quarter to a
+# half more instructions. Nearly all of them lie outside the main loop.
+WIDE, BLACKWELL = 140, 10  # of 256 channels; of 96 on sm_100
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 DAILY = [
     (*case, torch.bfloat16)
@@ -73,9 +74,10 @@ def faults(
 ) -> list[str]:
     """What a GPU would not take, or only slowly, of the kernel or of all whose names begin so."""
     calls, found = launches(policy, head_size=head_size, dtype=dtype, **options), []
+    most = BLACKWELL if (head_size, target) == (96, "sm_100") else WIDE if head_size > 128 else 0
     for name in [kernel] if kernel in calls else [n for n in calls if n.startswith(kernel)]:
         made = compiled(name, calls[name], target)
-        if made.spills > (SPILLS if head_size > 128 else 0):
+        if made.spills > most or (made.stack and not most):
             found.append(f"{name}: {made.stack} bytes of stack, {made.spills} spills")
         if made.shared > SHARED[target]:
             found.append(f"{name}: {made.shared} bytes of shared memory")
