@@ -19,8 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests.kernels.triton.aot import SHARED, TARGETS, compiled, launches
 
-# Instructions that a kernel may spill by; half the tokens in a tile would end it, with a quarter to a
-# half more instructions. Nearly all of them lie outside the main loop.
+# Instructions that a kernel may spill by, nearly all outside its main loop; half the tokens in a
+# tile would end it, with a quarter to a half more instructions.
 WIDE, BLACKWELL = 140, 10  # of 256 channels; of 96 on sm_100
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 DAILY = [
