@@ -79,6 +79,7 @@ class Launch:
         return self.function, *sorted(self.constants.items(), key=itemgetter(0))
 
 
+@cache  # a worker has one GPU, and Triton asks it anew each time
 def _is_blackwell() -> bool:
     target = driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= BLACKWELL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels.contract import Batch, Shape
-from cache_policies.kernels.triton import warm
+from cache_policies.kernels.triton import page, warm
 from cache_policies.kernels.triton.kernel import TritonKernel
 from cache_policies.kernels.triton.warm import warm_up
 from cache_policies.pages.codecs.packing import PLANES
@@ -205,6 +206,38 @@ def test_a_kernel_that_spills_gets_all_registers(
     assert len(gpu.compiled) == kernels + len(again)
     plain_steps(large(layer_of(TritonKernel(layout, shape), layout, HEADS)))
     assert len(gpu.compiled) == kernels + len(again), "requests launch what was compiled last"
+
+
+@pytest.mark.parametrize(
+    ("target", "hip", "hides", "precision", "warps"),
+    [
+        ("sm_90", None, "both", "tf32x3", 8),
+        ("sm_100", None, "values", "tf32x3", 8),
+        ("gfx942", "7.0", "", "ieee", 4),
+    ],
+)
+def test_each_kind_of_gpu_has_its_form_of_a_launch(
+    target: str, hip: str | None, hides: str, precision: str, warps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(page, "HIDES", True)  # as under Triton 3.7
+    absent_gpu(monkeypatch, TARGETS[target])
+    monkeypatch.setattr(torch.version, "hip", hip)
+    call = next(
+        call
+        for call in warm.launches(layout_of("kivi-2bit"), shape_of(), None)
+        if call.function.__name__ == "attend"
+    )
+    call = replace(call, options=call.options | {"num_warps": 8})
+    here = call.here()
+    assert here.constants["PAGE"].hides == hides
+    assert here.constants["PAGE"].precision == precision
+    assert here.options["num_warps"] == warps
+    assert "maxnreg" not in here.options
+    assert call.note_spills() is (hip is None)
+    assert call.here().options.get("maxnreg") == (None if hip else 255)
+    many = replace(call, options=call.options | {"num_warps": 16}).with_all_registers()
+    assert many.options["maxnreg"] == 128, "a program of 512 threads cannot have more"
 
 
 @pytest.mark.skipif(not ALL, reason="nightly")
