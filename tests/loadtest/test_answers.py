@@ -32,8 +32,8 @@ def test_a_stream_ends_at_its_mark_though_the_body_stays_open() -> None:
             record, took = asyncio.run(run(url))
         assert (record.status, record.error) == ("ok", None)
         assert record.answer == "a"
-        assert record.finished - record.sent < 0.5
-        assert took < 1.0
+        assert record.finished - record.sent < 3.0
+        assert took < 4.0  # far from what the connection is held, also where others run beside
 
 
 def test_a_connection_is_used_again_after_an_answer() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -14,6 +13,7 @@ from server.api.answer import _together
 from server.api.asked import CURRENT, Asked
 from server.api.middleware import LOG
 from server.compression import Compressor
+from tests.cost import cpu_seconds
 from tests.server.fake import FACTS, Server
 
 if TYPE_CHECKING:
@@ -176,10 +176,9 @@ def test_what_would_keep_other_requests_waiting_is_refused_at_once(
     body: dict[str, Any], says: str
 ) -> None:
     server = Server(max_body=1_000_000)
-    begin = time.perf_counter()
     answer = server.post(body)
-    assert time.perf_counter() - begin < 0.5
     refused(answer, 400, says)
+    assert cpu_seconds(lambda: server.post(body)) < 0.5
     assert len(answer.content) < 1500
     assert not server.asked
 
@@ -187,9 +186,9 @@ def test_what_would_keep_other_requests_waiting_is_refused_at_once(
 def test_a_long_key_is_vllms() -> None:
     """Compared by its length alone: it is like none of ours."""
     server = Server(max_body=6_000_000)
-    begin = time.perf_counter()
-    assert server.post({"model": "m", "x" * 5_000_000: 1}).status_code == 200
-    assert time.perf_counter() - begin < 0.5
+    body = {"model": "m", "x" * 5_000_000: 1}
+    assert server.post(body).status_code == 200
+    assert cpu_seconds(lambda: server.post(body)) < 0.5
 
 
 def test_too_much_without_a_length_is_refused_before_it_is_read_whole() -> None:

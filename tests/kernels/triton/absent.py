@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
 NAME = "NVIDIA Absent"
+_asks = launch._is_blackwell.__wrapped__  # each time: tests have GPUs of several kinds
 _numbers = count(1000)  # a device that no function has compiled for
 
 
@@ -97,7 +98,7 @@ def absent_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: NAME)
     monkeypatch.setattr(warm, "_ready", set())
     monkeypatch.setattr(launch, "_spilling", set())
-    monkeypatch.setattr(launch, "_is_blackwell", launch._is_blackwell.__wrapped__)
+    monkeypatch.setattr(launch, "_is_blackwell", _asks)
     for module in (attend, encode, mass, page_mass, read, turn):
         for function in vars(module).values():
             if isinstance(function, JITFunction):  # each remembers its compiler
