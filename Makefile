@@ -37,6 +37,7 @@ test: setup
 
 test-triton-all: setup
 	TRITON_CHECKS=all .venv/bin/python -m pytest -k triton
+	.venv/bin/python -m tests.kernels.triton.matrix triton-matrix.jsonl
 
 gpu-check gpu-engine: $(if $(filter .venv/%,$(GPU_PYTHON)),setup)
 	$(GPU_PYTHON) -m benchmarks.$(subst -,_,$@)

@@ -21,7 +21,14 @@ from server.api.names import parse_aliases
 from server.api.plugin import MAX_BODY, engine_died
 from server.compression.request import PromptCompression
 from server.models import MODELS, resolve
-from server.startup import choose_threads, explain, misspelt, refuse_machine, size_cache
+from server.startup import (
+    choose_threads,
+    explain,
+    misspelt,
+    refuse_machine,
+    refuse_remote_engines,
+    size_cache,
+)
 
 DRAIN_SECONDS = 30
 # oneDNN keeps code and buffers per shape of a matrix product, 1024 of them by its default. Every
@@ -118,6 +125,7 @@ def configure(args: argparse.Namespace) -> argparse.Namespace:
             raise PolicyError("--cache-kernel needs --cache-policy")
     if POLICY_KEY in extra:
         parse(extra[POLICY_KEY])
+        refuse_remote_engines(args)
         _choose_backend(args)
     if args.policy_alias:
         if POLICY_KEY not in extra:

@@ -83,8 +83,45 @@ def size_cache(args: argparse.Namespace, utilization: float, *, on_cpu: bool) ->
     if args.gpu_memory_utilization is None:
         args.gpu_memory_utilization = utilization
     if on_cpu and asked == (None, None) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        ranks = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
-        args.kv_cache_memory_bytes = min(USUAL_CACHE, memory_here() // 2) // ranks
+        args.kv_cache_memory_bytes = min(USUAL_CACHE, memory_here() // 2) // ranks_here(args)
+
+
+def ranks_here(args: argparse.Namespace) -> int:
+    """Ranks of this machine, one at least: its share of all, or those of its own engines."""
+    engine, engines = (
+        args.tensor_parallel_size * args.pipeline_parallel_size,
+        args.data_parallel_size,
+    )
+    if args.nnodes > 1:
+        return max(1, engine * engines // args.nnodes)
+    local = args.data_parallel_size_local
+    return engine * (engines if local is None else max(1, local))
+
+
+def refuse_remote_engines(args: argparse.Namespace) -> None:
+    """Refuse engines of other machines behind this address.
+
+    Their metrics would be missing here, and vLLM keeps sending requests to one that is lost.
+
+    Raises:
+        PolicyError: naming the way out.
+
+    """
+    own_address = (
+        args.data_parallel_hybrid_lb
+        or args.data_parallel_external_lb
+        or args.data_parallel_rank is not None
+        or (args.data_parallel_start_rank is not None and not args.headless)
+    )
+    engine = args.tensor_parallel_size * args.pipeline_parallel_size
+    elsewhere = ranks_here(args) < engine * args.data_parallel_size
+    several = args.data_parallel_size > 1 and not own_address
+    if several and (elsewhere or args.data_parallel_backend == "ray"):
+        raise PolicyError(
+            "a cache policy cannot be combined with data parallelism over several machines behind "
+            "one address, or by Ray; start a server on each, with a router before them, see "
+            "docs/scaling.md"
+        )
 
 
 def refuse_machine(args: argparse.Namespace, *, on_cpu: bool) -> None:

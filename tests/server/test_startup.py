@@ -46,7 +46,8 @@ def sized(monkeypatch: pytest.MonkeyPatch, free: int, **options: object) -> tupl
     on_cpu = bool(options.pop("on_cpu", True))
     usual = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": None}
     ranks = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
-    args = arguments(**{**usual, **ranks, **options})
+    hosts = {"nnodes": 1, "data_parallel_size_local": None}
+    args = arguments(**{**usual, **ranks, **hosts, **options})
     startup.size_cache(args, 0.92, on_cpu=on_cpu)
     return args.kv_cache_memory_bytes, args.gpu_memory_utilization
 
@@ -58,6 +59,22 @@ def test_a_cache_that_nobody_sized_leaves_memory_to_others(monkeypatch: pytest.M
     assert sized(monkeypatch, 64 << 30, on_cpu=False) == (None, 0.92)
     assert sized(monkeypatch, 64 << 30, gpu_memory_utilization=0.5) == (None, 0.5)
     assert sized(monkeypatch, 64 << 30, kv_cache_memory_bytes=7) == (7, 0.92)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"tensor_parallel_size": 2, "nnodes": 2}, 1),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 4, "nnodes": 4}, 2),
+        ({"data_parallel_size": 4}, 4),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 3}, 3),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 0}, 1),  # it only answers
+    ],
+)
+def test_a_cache_that_nobody_sized_is_for_the_ranks_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, int], ranks: int
+) -> None:
+    assert sized(monkeypatch, 64 << 30, **options) == ((4 << 30) // ranks, 0.92)
 
 
 def test_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +170,40 @@ def test_workers_are_spawned_on_a_gpu_as_by_vllms_own_command(
     with pytest.raises(Stop):
         serve.run(["m"])
     assert environment[variable] == "fork"  # whoever asks for it has it
+
+
+TWO_HOSTS = "--nnodes 2 --node-rank 1 --headless"
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        f"--data-parallel-size 2 {TWO_HOSTS}",
+        "--data-parallel-size 2 --data-parallel-size-local 1",
+        "--data-parallel-size 2 --data-parallel-size-local 0",
+        "--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-start-rank 1 "
+        "--headless",
+        "--data-parallel-size 2 --data-parallel-backend ray",
+    ],
+)
+def test_engines_of_other_machines_are_refused_under_a_policy(engines: str) -> None:
+    argv = ["smollm2-135m", *engines.split()]
+    with pytest.raises(PolicyError, match="a server on each, with a router"):
+        serve.configure(serve.make_parser().parse_args([*argv, "--cache-policy", "fp16"]))
+    serve.configure(serve.make_parser().parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        f"--tensor-parallel-size 2 {TWO_HOSTS}",
+        "--data-parallel-size 2",
+        "--data-parallel-size 2 --data-parallel-size-local 2 --tensor-parallel-size 2",
+        "--data-parallel-size 2 --data-parallel-rank 1",
+        "--data-parallel-size 4 --data-parallel-size-local 2 --data-parallel-hybrid-lb",
+        "--data-parallel-size 4 --data-parallel-size-local 2 --data-parallel-start-rank 2",
+    ],
+)
+def test_engines_of_this_machine_are_not_refused(engines: str) -> None:
+    argv = ["smollm2-135m", *engines.split(), "--cache-policy", "fp16"]
+    serve.configure(serve.make_parser().parse_args(argv))

@@ -48,6 +48,8 @@ class Launch:
         launch = self
         if self.constants["PAGE"].hides and _is_blackwell():
             launch = self.on_blackwell()
+        if _large and self._key in _large:
+            launch = launch.with_one_stage()
         return launch.with_all_registers() if _spilling and self._key in _spilling else launch
 
     def on_amd(self) -> Launch:
@@ -66,6 +68,17 @@ class Launch:
         """The same where NVIDIA's assembler, left alone, spills to run more programs at a time."""
         most = min(REGISTERS, REGISTER_FILE // (32 * self.options["num_warps"]))
         return replace(self, options=self.options | {"maxnreg": most})
+
+    def with_one_stage(self) -> Launch:
+        """The same without what a software pipeline holds in shared memory."""
+        return replace(self, options=self.options | {"num_stages": 1})
+
+    def note_size(self) -> bool:
+        """Let ``here`` give it one stage; False if it has no more."""
+        new = self.options["num_stages"] > 1 and self._key not in _large
+        if new:
+            _large.add(self._key)
+        return new
 
     def note_spills(self) -> bool:
         """Let ``here`` give it all registers; False if it has them, or the GPU is AMD's."""
@@ -91,6 +104,7 @@ def _page_with(page: Page, **fields: Any) -> Page:
 
 
 _spilling: set[tuple[Any, ...]] = set()  # what warm.py found
+_large: set[tuple[Any, ...]] = set()
 
 
 def _run(launch: Launch) -> None:

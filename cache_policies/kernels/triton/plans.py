@@ -86,6 +86,7 @@ class Tiles:
             # more instructions for a row on eight, and those of 2 bits spill on sm_90 with 32 rows.
             many_rows=16 if exact else (16 if wide else 32) if coded else 64,
             many_warps=8 if wide or (page.width > 64 if exact else crowded) else 4,
-            # A second stage takes registers that these have not: int8 spills on sm_80 with it.
-            stages=1 if wide or page.kind == INT8 else 2,
+            # A second stage takes registers that numbers of 256 channels and int8 have not: those
+            # spill on sm_80 with it. It leaves codes more, on sm_100 and gfx942 by far.
+            stages=2 if coded or not (wide or page.kind == INT8) else 1,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from triton.runtime.errors import OutOfResources
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels.contract import Batch, Mass, Reads
@@ -144,7 +145,7 @@ def _kind(layout: PageLayout, shape: Shape, samples: Collection[int] | None) -> 
 def _loaded(call: Launch, layout: PageLayout, shape: Shape) -> Any:
     """The compiled kernel of a launch, on the GPU."""
     try:
-        kernel = _made(call)
+        kernel = _fitting(call)
         if kernel.n_spills and call.note_spills():
             kernel = _made(call)
     except Exception as error:  # compiler, assembler, loader and driver have no type in common
@@ -156,6 +157,16 @@ def _loaded(call: Launch, layout: PageLayout, shape: Shape) -> Any:
             "another codec in --cache-policy, or drop it"
         ) from error
     return kernel
+
+
+def _fitting(call: Launch) -> Any:
+    """Made with fewer stages where the GPU's shared memory is too small for them."""
+    try:
+        return _made(call)
+    except OutOfResources:
+        if not call.note_size():
+            raise
+        return _made(call)
 
 
 def _made(call: Launch) -> Any:

@@ -98,6 +98,7 @@ def absent_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: NAME)
     monkeypatch.setattr(warm, "_ready", set())
     monkeypatch.setattr(launch, "_spilling", set())
+    monkeypatch.setattr(launch, "_large", set())
     monkeypatch.setattr(launch, "_is_blackwell", _asks)
     for module in (attend, encode, mass, page_mass, read, turn):
         for function in vars(module).values():

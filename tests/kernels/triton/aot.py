@@ -5,6 +5,7 @@ Run as a program it prints one line for each kernel and target; see also ``bench
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from cache_policies.kernels.triton.launch import Launch, recorded
 from tests.kernels.triton.setup import make
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
@@ -75,7 +76,7 @@ class Compiled:
             return {"registers": values[0], "stack": values[1], "spills": local}
         used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", self._dump("-res-usage"))
         assert used, "cuobjdump names the resources in another way"
-        local = sum(op.startswith(("LDL", "STL")) for op, _, _ in self.instructions)
+        local = _spills(op for op, _, _ in self.instructions)
         return {"registers": int(used[1]), "stack": int(used[2]) + int(used[3]), "spills": local}
 
     @property
@@ -92,6 +93,11 @@ class Compiled:
     def spills(self) -> int:
         """Instructions that load or store what was spilled to memory."""
         return self._resources["spills"]
+
+    @property
+    def looping_spills(self) -> int:
+        """Those of them in the main loop."""
+        return _spills(self.main_loop())
 
     @property
     def matrix_instructions(self) -> int:
@@ -140,6 +146,10 @@ class Compiled:
             file.flush()
             command = [str(CUOBJDUMP), what, file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _spills(operations: Iterable[str]) -> int:
+    return sum(op.startswith(("LDL", "STL")) for op in operations)
 
 
 def launches(policy: str, **options: Any) -> dict[str, Launch]:
@@ -222,17 +232,37 @@ def specialized(launch: Launch) -> tuple[Any, ...]:
 
 
 def compiled(name: str, launch: Launch, target: str) -> Compiled:
-    """Compile a recorded launch for a target, as at run time, with all registers if it spills."""
-    if target == "gfx942":
-        return _compiled(name, launch.on_amd(), target)
-    launch = launch.on_blackwell() if target == "sm_100" else launch
+    """Compile a recorded launch, as ``warm_up`` does on the smallest GPU of the target's kind."""
+    launch = _there(launch, target)
     found = _compiled(name, launch, target)
-    return _compiled(name, launch.with_all_registers(), target) if found.spills else found
+    if found.shared > SHARED[target] and launch.options["num_stages"] > 1:
+        launch = launch.with_one_stage()
+        found = _compiled(name, launch, target)
+    if found.spills and target != "gfx942":
+        found = _compiled(name, launch.with_all_registers(), target)
+    return found
+
+
+def digest(launch: Launch, target: str) -> str:
+    """Name what ``compiled`` makes: by code, types, what is known of values, Triton's version."""
+    source, options = _source(_there(launch, target))
+    told = f"{triton.__version__} {target} {source.hash()} {sorted(options.items())}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _there(launch: Launch, target: str) -> Launch:
+    if target == "gfx942":
+        return launch.on_amd()
+    return launch.on_blackwell() if target == "sm_100" else launch
+
+
+def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    _, *source = specialized(launch)
+    return ASTSource(launch.function, *source), dict(launch.options)
 
 
 def _compiled(name: str, launch: Launch, target: str) -> Compiled:
-    _, *source = specialized(launch)
-    source, options = ASTSource(launch.function, *source), dict(launch.options)
+    source, options = _source(launch)
     binary = triton.compile(source, target=TARGETS[target], options=options)
     return Compiled(name, target, binary, options["num_warps"], launch.constants)
 

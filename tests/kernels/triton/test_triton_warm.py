@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import triton
 
 from cache_policies.errors import PolicyError
 from cache_policies.kernels.contract import Batch, Shape
@@ -181,6 +182,33 @@ def test_a_gpu_that_has_too_little_for_a_kernel_is_named(monkeypatch: pytest.Mon
     for _ in range(2):
         with pytest.raises(PolicyError, match=says):
             warm_up([layer], None)
+
+
+def test_a_kernel_too_large_for_a_gpu_loses_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really compiled. Requests then launch what was compiled last, and nothing else."""
+    absent_gpu(monkeypatch, TARGETS["sm_80"], compiles=True)
+    layout, shape, stages = layout_of("raw"), shape_of(), []
+    compiles = triton.compiler.compile
+
+    def noted(source: Any, *, options: dict[str, Any], **rest: Any) -> Any:
+        kernel = compiles(source, options=options, **rest)
+        stages.append((source.fn.__name__, options["num_stages"], kernel.metadata.shared))
+        return kernel
+
+    monkeypatch.setattr("triton.compiler.compile", noted)
+    warm_up([(layout, shape)], None)
+    most = max(shared for _, _, shared in stages)
+    assert [number for name, number, shared in stages if shared == most] == [2]
+    absent_gpu(monkeypatch, TARGETS["sm_80"], compiles=True).shared = most - 1
+    stages.clear()
+    warm_up([(layout, shape)], None)
+    first = next(at for at, (_, _, shared) in enumerate(stages) if shared == most)
+    name, number, shared = stages[first + 1]
+    assert (name, number) == (stages[first][0], 1)
+    assert shared < most
+    kernels = len(stages)
+    plain_steps(large(layer_of(TritonKernel(layout, shape), layout, HEADS)))
+    assert len(stages) == kernels
 
 
 @pytest.mark.parametrize("hip", [None, "7.0"])
