@@ -133,6 +133,11 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             f"{model.dtype} in {model.model}, whose gated delta net layers vLLM has for CPUs in "
             "bfloat16 only; give --dtype bfloat16",
         ),
+        (
+            _windows_alone(vllm_config),
+            f"sliding windows in all layers, as {model.model} has them: its cache does not grow; "
+            "drop the policy, or give --disable-sliding-window",
+        ),
         (model.is_diffusion, f"diffusion models such as {model.model}"),
         (model.is_encoder_decoder, f"encoder-decoder models such as {model.model}"),
         (model.runner_type != "generate", f"the {model.runner_type!r} runner: only generation"),
@@ -161,6 +166,12 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
     for present, feature in reasons:
         if present:
             raise PolicyError(f"a cache policy cannot be combined with {feature}")
+
+
+def _windows_alone(vllm_config: VllmConfig) -> bool:
+    """On a GPU V1's workers learn that no layer is ours only with a request, see ``kinds``."""
+    told_late = not (current_platform.is_cpu() or vllm_config.use_v2_model_runner)
+    return told_late and vllm_config.cache_config.sliding_window is not None
 
 
 def _needs_bfloat16(vllm_config: VllmConfig) -> bool:

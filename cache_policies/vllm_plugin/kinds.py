@@ -114,7 +114,7 @@ def refuse_other_layers(vllm_config: VllmConfig) -> None:
     if not kinds.ours and vllm_config.parallel_config.pipeline_parallel_size == 1:
         raise PolicyError(
             f"a cache policy is for layers of full attention, and {model} has none: its cache "
-            "does not grow; drop the policy"
+            "does not grow; drop the policy, or give --disable-sliding-window if it has windows"
         )
     asked = settings(vllm_config)
     if asked is not None and asked.policy.edges and not kinds.plain:

@@ -252,6 +252,15 @@ def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.Mon
         refuse_engine(config)
     monkeypatch.setattr(config.parallel_config, "enable_dbo", False)
     refuse_engine(config)
+    monkeypatch.setattr(config.cache_config, "sliding_window", 4096)
+    refuse_engine(config)  # on V2 the builder refuses it, which has seen the layers
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    refuse_engine(config)  # on a CPU too
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(PolicyError, match=r"sliding windows .* give --disable-sliding-window"):
+        refuse_engine(config)
+    monkeypatch.setattr(config.cache_config, "sliding_window", None)
+    refuse_engine(config)
     monkeypatch.setattr(config.model_config, "is_diffusion", True)
     with pytest.raises(PolicyError, match="diffusion models"):
         refuse_engine(config)
