@@ -12,6 +12,7 @@ request that starts over draw the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -79,9 +80,8 @@ class Compactor(Budgeted):
         plain = seen.rope.undo(seen.keys[:, : seen.prompt], position)
         size = plain.shape[-1]
         directions = min(SKETCH, size)
-        draw = torch.Generator().manual_seed(seen.layer)
-        sketch = torch.randn(size, directions, generator=draw) / directions**0.5
-        x = (plain - plain.mean(1, keepdim=True)) @ sketch.to(plain.device)
+        sketch = _sketch(seen.layer, size, directions, plain.device)
+        x = (plain - plain.mean(1, keepdim=True)) @ sketch
         gram = x.transpose(1, 2) @ x
         diagonal = gram.diagonal(dim1=1, dim2=2)
         diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
@@ -94,6 +94,13 @@ class Compactor(Budgeted):
         assert seen.near is not None
         weighted = seen.near * seen.values[:, : seen.prompt].norm(dim=-1)
         return functional.avg_pool1d(weighted, NEIGHBOURS, 1, NEIGHBOURS // 2)
+
+
+@lru_cache(maxsize=256)  # to copy it to a GPU waits for the GPU
+def _sketch(layer: int, size: int, directions: int, device: torch.device) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(layer)
+    sketch = torch.randn(size, directions, generator=draw, dtype=torch.float32)
+    return (sketch / directions**0.5).to(device)
 
 
 def _standardized(score: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Rope:
     @classmethod
     def none(cls, head_size: int, device: torch.device | None = None) -> Rope:
         """Of a layer without rotary embedding: nothing turns."""
-        return cls(torch.zeros(1, 0, device=device), head_size)
+        return cls(torch.zeros(1, 0, device=device, dtype=torch.float32), head_size)
 
     def rotate(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """What the model does to ``x`` ``[..., n, head_size]`` at positions ``[n]``."""
@@ -61,7 +61,7 @@ class Rope:
     def mean_rotation(self, first: int, end: int) -> torch.Tensor:
         """The matrix ``[d, d]`` of ``rotate``, averaged over positions ``first .. end - 1``."""
         cos, sin = (x.mean(0) for x in self._at(torch.arange(first, end, device=self.table.device)))
-        matrix = torch.eye(self.head_size, device=cos.device)
+        matrix = torch.eye(self.head_size, device=cos.device, dtype=cos.dtype)
         one, other = self._pairs(torch.arange(self.head_size, device=cos.device))
         matrix[one, one] = matrix[other, other] = cos
         matrix[one, other], matrix[other, one] = -sin, sin

@@ -164,7 +164,7 @@ class Reading:
     unread: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     def add(self, possible: int, unread: torch.Tensor | None, *, last: bool) -> None:
-        """Count one layer of a step; ``last``: the prompt is complete with it."""
+        """Count one layer of a step; ``last``: of the model, in the prompt's last step."""
         self.possible += possible
         if unread is not None:
             self.unread = self.unread + unread

@@ -278,7 +278,8 @@ class Step:
                 choices.append(sparse_choice(sparse, layer, batch, tokens, seq, blocks, fresh))
             stored_pages = self.plan.store_pages(int(batch.host.stored[seq]))
             unread = unread_pages(choices[-1], stored_pages, fresh) if blocks else None
-            ends = before + fresh >= state.span.prompt
+            # Once, for to report waits for the device.
+            ends = before + fresh >= state.span.prompt and layer.index == layer.layers - 1
             state.reading.add(fresh * stored_pages * layer.heads, unread, last=ends)
         return choices
 

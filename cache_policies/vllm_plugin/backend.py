@@ -88,6 +88,11 @@ class RingStoreBackend(CPUAttentionBackend):  # type: ignore[misc]
             return spec
         if spec.sliding_window or spec.attention_chunk_size:
             return spec
+        if spec.non_causal:
+            raise PolicyError(
+                "a cache policy cannot serve prompts that attend in both directions, as "
+                f"{config.model_config.model} does; drop the policy"
+            )
         block = config.cache_config.block_size
         inner, _ = layouts(asked.policy, spec.head_size, block, spec.dtype)
         token_bytes = inner.head_bytes // block  # the same for every multiple of the block

@@ -68,7 +68,8 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> RingStoreMetadata:
+    ) -> RingStoreMetadata | None:
+        """Counts of a step; None: no layer attends or writes, see ``_is_dummy``."""
         assert common_prefix_len == 0
         count = common_attn_metadata.num_reqs
         start = common_attn_metadata.query_start_loc_cpu[: count + 1].numpy()
@@ -76,6 +77,8 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         exact = common_attn_metadata.seq_lens_cpu_upper_bound
         lengths = (common_attn_metadata.seq_lens if exact is None else exact)[:count].numpy()
         computed = lengths - (start[1:] - start[:-1])
+        if self._is_dummy(common_attn_metadata, computed):
+            return None
         table = common_attn_metadata.block_table_tensor[:count]
         fresh = common_attn_metadata.num_actual_tokens
         states = self._states(common_attn_metadata, computed.tolist())
@@ -88,6 +91,16 @@ class RingStoreMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
                 state.advance(before, after)
         step = Step(self.plan, start, computed, states, table, self.buffers)
         return RingStoreMetadata(None, step, fresh)
+
+    def _is_dummy(self, common: CommonAttentionMetadata, computed: Any) -> bool:
+        """Whether V2 only warms up, captures or idles.
+
+        Then every block is the null block, of which windows beside our layers read what they mask:
+        our codes may be NaN in their type.
+        """
+        if not self.v2 or common.is_prefilling is None:
+            return False
+        return not (computed.any() or common.is_prefilling.any())
 
     def _states(
         self, common: CommonAttentionMetadata, computed: list[int]

@@ -119,6 +119,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
 
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = str(model.dtype).removeprefix("torch.")
     reasons = (
         (vllm_config.speculative_config, "speculative decoding; drop --speculative-config"),
         (vllm_config.kv_transfer_config, "a KV connector; drop --kv-transfer-config"),
@@ -147,9 +148,10 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
         ),
         (_context_parallel(parallel), "context parallelism; drop the context-parallel flags"),
         (
-            vllm_config.cache_config.cache_dtype != "auto",
+            vllm_config.cache_config.cache_dtype not in {"auto", dtype},
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: the policy decides how "
-            "tokens are stored (allowed: auto)",
+            "tokens are stored; drop it, or where the checkpoint asks for it give the model's "
+            "type, --dtype bfloat16 --kv-cache-dtype bfloat16",
         ),
         (
             vllm_config.use_v2_model_runner and parallel.pipeline_parallel_size > 1,

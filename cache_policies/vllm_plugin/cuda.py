@@ -24,7 +24,7 @@ from cache_policies.vllm_plugin import BLOCK_SIZE, FULL_ATTENTION
 from cache_policies.vllm_plugin.backend import EdgeBackend, RingStoreBackend, RingStoreImpl
 from cache_policies.vllm_plugin.builder import RingStoreMetadataBuilder
 from cache_policies.vllm_plugin.config import KERNEL_KEY, settings, takes_methods
-from cache_policies.vllm_plugin.kinds import kinds_of, next_layer
+from cache_policies.vllm_plugin.kinds import is_full_attention, kinds_of, next_layer
 
 if TYPE_CHECKING:
     import argparse
@@ -47,7 +47,8 @@ class GpuBackend(AttentionBackend):  # type: ignore[misc]
     """Triton's kernels over our pages."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    # Of these ``refuse_engine`` takes the model's own.
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
     edge = False
 
     @staticmethod
@@ -153,7 +154,7 @@ def _warm_up(layers: list[tuple[PageLayout, Shape]], vllm_config: VllmConfig) ->
 class GpuImpl(RingStoreImpl):
     """Attention of one layer on a GPU."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Ours; there is no stock implementation behind this name."""
         vllm_config = get_current_vllm_config()
         asked = settings(vllm_config)
@@ -163,6 +164,11 @@ class GpuImpl(RingStoreImpl):
                 "--attention-config, or give --cache-policy"
             )
         refuse_kernel(asked.kernel)
+        if not is_full_attention(*args, **kwargs):
+            raise PolicyError(
+                f"a cache policy on a GPU cannot serve {vllm_config.model_config.model}, which has "
+                "a layer with a sliding window that vLLM takes for full attention; drop the policy"
+            )
         RingStoreImpl.config_in_use, RingStoreImpl.asked = weakref.ref(vllm_config), asked
         return AttentionImpl.__new__(cls)
 

@@ -100,6 +100,10 @@ def test_vllm_finds_the_configurations_valid_that_the_codecs_take() -> None:
     assert not GpuBackend.validate_configuration(
         head_size=64, dtype=torch.bfloat16, block_size=128, **learned
     )
+    own = given | {"kv_cache_dtype": "bfloat16"}  # what undoes a checkpoint that asks for fp8
+    assert not GpuBackend.validate_configuration(
+        head_size=64, dtype=torch.bfloat16, block_size=128, **own
+    )
     for wrong in ({"head_size": 112}, {"block_size": 16}, {"kv_cache_dtype": "fp8"}):
         asked = {"head_size": 64, "dtype": torch.float16, "block_size": 128} | given | wrong
         assert GpuBackend.validate_configuration(**asked), wrong

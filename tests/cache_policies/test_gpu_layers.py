@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin import register
+from cache_policies.vllm_plugin.backend import RingStoreBackend
 from cache_policies.vllm_plugin.cuda import GpuBackend
 from cache_policies.vllm_plugin.guard import PolicyGuard
 from cache_policies.vllm_plugin.rotary import rope_of
@@ -56,7 +58,7 @@ def _pages(attention: Attention, config: VllmConfig, device: str = "cpu") -> tor
 
 
 def _run(attention: Attention, builder: RingStoreMetadataBuilder, pages: torch.Tensor) -> None:
-    metadata = builder.build(0, batch([5], [5], [0], prefilling=False))
+    metadata = builder.build(0, batch([5], [5], [0]))
     query, kv = torch.randn(5, HEADS, SIZE), torch.randn(5, KV_HEADS, SIZE)
     attention.impl.forward(attention, query, kv, kv, pages, metadata, torch.empty_like(query))
 
@@ -235,3 +237,21 @@ def test_only_a_cpus_heap_is_trimmed(config: VllmConfig, monkeypatch: pytest.Mon
     _run(attention, builder, _pages(attention, config, device="meta"))
     assert trimmed == [""]
     assert current_platform.is_cpu()
+
+
+def test_a_window_that_vllm_takes_for_full_attention_is_refused(config: VllmConfig) -> None:
+    """As in encoders that hear as they are spoken to."""
+    with pytest.raises(PolicyError, match="a layer with a sliding window that vLLM takes for full"):
+        layer(config, 0, GpuBackend, per_layer_sliding_window=512)
+
+
+@pytest.mark.parametrize("backend", [GpuBackend, RingStoreBackend])
+def test_prompts_that_attend_in_both_directions_are_refused(
+    config: VllmConfig, backend: Any
+) -> None:
+    """Of a prefix language model: its layers say it in their specs alone."""
+    attention = layer(config, 0)
+    layer(config, 1)
+    spec = replace(attention.get_kv_cache_spec(config), non_causal=True)
+    with pytest.raises(PolicyError, match=r"attend in both directions, as .* does"):
+        backend.customize_spec(spec)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import vllm
 from vllm import SamplingParams
 
@@ -15,7 +16,7 @@ from cache_policies.policy import parse_method
 from cache_policies.vllm_plugin import frontend
 from cache_policies.vllm_plugin.config import refuse_method
 from cache_policies.vllm_plugin.guard import PolicyGuard
-from tests.cache_policies.gpu import batch, builder_of, layer
+from tests.cache_policies.gpu import HEADS, KV_HEADS, SIZE, batch, builder_of, layer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,8 +24,29 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.next
 
 
+def test_a_dummy_batch_writes_nothing(config: VllmConfig) -> None:
+    """V2's are of the null block, which windows beside our layers read and mask."""
+    attention = layer(config, 0)
+    layer(config, 1)
+    builder = builder_of(attention, config)
+    pages = torch.zeros(4, KV_HEADS, builder.plan.page_tokens, 96, dtype=torch.uint8)
+    query, kv = torch.randn(300, HEADS, SIZE), torch.randn(300, KV_HEADS, SIZE)
+    for fresh in ([1], [1] * 8, [300], [100, 200]):
+        dummy = batch(fresh, fresh, list(range(len(fresh))), prefilling=False)
+        metadata = builder.build(0, dummy)  # as ``InputBatch.make_dummy`` has them
+        assert metadata is None
+        count = sum(fresh)
+        output = torch.full((count, HEADS, SIZE), float("nan"))
+        attention.impl.forward(attention, query[:count], kv[:count], kv[:count], pages, metadata,
+                               output)  # fmt: skip
+        assert not output.any()
+    assert not pages.any()
+    assert builder.build(0, batch([1], [5], [0], prefilling=False)) is not None  # decodes
+    assert builder.build(0, batch([1, 1], [1, 5], [0, 1], prefilling=False)) is not None
+
+
 def test_a_batch_that_does_not_say_whose_rows_it_has_takes_no_states(config: VllmConfig) -> None:
-    """Dummy batches of V2, and all of hybrid models: slot 0 is a real request's all the while."""
+    """As all of hybrid models: slot 0 is a real request's all the while."""
     attention = layer(config, 0)
     layer(config, 1)
     builder = builder_of(attention, config)
@@ -36,12 +58,9 @@ def test_a_batch_that_does_not_say_whose_rows_it_has_takes_no_states(config: Vll
     assert state is not None
     assert state.computed == 200
     known = state.layers[0]
-    for dummy in (
-        batch([1], [1], [0], prefilling=False),  # as ``InputBatch.make_dummy`` has them
-        batch([100], [300], None),
-        batch([100], [100], None),
-    ):
-        metadata = builder.build(0, dummy)
+    for hybrid in (batch([100], [300], None), batch([100], [100], None)):
+        metadata = builder.build(0, hybrid)
+        assert metadata is not None
         assert metadata.step is None
         assert metadata.batch is not None
         assert state.computed == 200

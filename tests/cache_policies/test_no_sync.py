@@ -17,7 +17,7 @@ from cache_policies.kernels.counts import all_tokens
 from cache_policies.kernels.cpu import CpuKernel
 from cache_policies.policy import parse
 from cache_policies.policy.layouts import layouts
-from cache_policies.retention import retention_methods
+from cache_policies.retention import compactor, retention_methods
 from cache_policies.step.step import Step
 from tests.cache_policies.meta import DECODE, METHODS, PROMPT, drive, layer_of, one_method
 from tests.cache_policies.worker import SIZE, Text, Worker
@@ -198,6 +198,7 @@ class Nothing:
 
 def _drive(method: str, heads: int, prompt: int, codec: str) -> tuple[Counter[str], Counter[str]]:
     """Two requests on a device without values; returns torch's operators and the kernel's calls."""
+    compactor._sketch.cache_clear()
     kernel, guard = Nothing(heads), Guard()
     layout = layouts(parse(codec), SIZE, 128, torch.float32)[0]
     drive(layer_of(kernel, layout, heads), [method, method], prompt, guard)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from cache_policies.policy import parse
 from cache_policies.retention.rope import Rope
@@ -68,13 +69,15 @@ def test_small_biases_normalized_keys_and_other_codecs_have_no_offset(
         ("kivi-4bit", SLOW, False), ("rotated-4bit", SLOW, False), ("fp16", FAST, False),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_turns_is_warned_of(
-    codec: str, pair: int, warned: bool, monkeypatch: pytest.MonkeyPatch
+    codec: str, pair: int, warned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(key_bias.logger, "warning", lambda text, *given: said.append(text % given))
     layer = _attention(pair, 600.0, monkeypatch)
-    key_bias.warn_of_bias(layer, parse(codec).codec, CONFIG, 3)  # type: ignore[arg-type]
+    with set_default_torch_dtype(dtype):  # the model's, while vLLM loads it
+        key_bias.warn_of_bias(layer, parse(codec).codec, CONFIG, 3)  # type: ignore[arg-type]
     assert bool(said) == warned
     if warned:
         assert "layer 3 have a bias of norm 600" in said[0]

@@ -69,6 +69,7 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("", "kivi-4bit(group=128)", {}, "group 128 does not divide head size 64"),
     ("", "kivi-4bit", {"block_size": 64}, "residual 128 does not divide the block size 64"),
     ("", "kivi-4bit", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ("", "fp16", {"dtype": "float32", "kv_cache_dtype": "bfloat16"}, "drop it, or where the check"),
     ("", "kivi-4bit", {"kv_transfer_config": CONNECTOR}, "a KV connector; drop"),
     ("deepseek_v2", "fp16", {}, "multi-head latent attention (MLA)"),
     ("whisper", "fp16", LISTENING, "encoder-decoder models"),
