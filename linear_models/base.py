@@ -53,7 +53,7 @@ class StateLayer(nn.Module, MambaBase):  # type: ignore[misc]
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.dtype, self.prefix = vllm_config.model_config.dtype, prefix
-        self.kv_cache = tuple(torch.empty(0) for _ in self.COPIES)
+        self.kv_cache = tuple(torch.empty(0, dtype=torch.float32) for _ in self.COPIES)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @staticmethod

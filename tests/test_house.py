@@ -121,3 +121,16 @@ def test_files_are_short() -> None:
             if path.suffix in {".py", ".cpp", ".h"} and "node_modules" not in path.parts:
                 lines = len(path.read_text(encoding="utf-8").splitlines())
                 assert lines <= 350, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+MADE = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_new_tensors_say_their_type(name: str) -> None:
+    """Without one it is that of the model, while vLLM loads it."""
+    calls = (x for x in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(x, ast.Call))
+    for call in calls:
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "torch":
+            given = {keyword.arg for keyword in call.keywords}
+            assert call.func.attr not in MADE or given & {"dtype", "out", None}, ast.unparse(call)

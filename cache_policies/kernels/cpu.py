@@ -123,9 +123,12 @@ class CpuKernel:
         self._set(pages, batch)
         _require(blocks.dtype == torch.int32 and blocks.is_contiguous(), "blocks: int32")
         _require(samples > 0, "at least one sample")
-        heads = self.shape.num_kv_heads
-        most = -(-int(batch.stored.max()) // self.layout.page_tokens)
-        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        heads, most = (
+            self.shape.num_kv_heads,
+            -(-int(batch.stored.max()) // self.layout.page_tokens),
+        )
+        mass = torch.zeros(len(blocks), heads, most, dtype=torch.float32)
+        rest = mass.new_zeros(len(blocks), heads)
         self._layer.page_mass(
             *self._rows("query", query, self.shape.num_heads),
             *self._rows("key", key, heads),
@@ -166,7 +169,7 @@ class CpuKernel:
             index = numbers.expand(self.shape.num_kv_heads, -1).contiguous()
         fresh = batch.query_start[1:] - batch.query_start[:-1] - batch.appended
         start = self._check_index(batch, index, start, batch.stored + batch.ring + fresh)
-        out = torch.empty(2, *index.shape, self.layout.head_size)
+        out = torch.empty(2, *index.shape, self.layout.head_size, dtype=torch.float32)
         self._layer.read(
             *self._rows("key", key, self.shape.num_kv_heads),
             *self._rows("value", value, self.shape.num_kv_heads),

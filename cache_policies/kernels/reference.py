@@ -69,7 +69,8 @@ class ReferenceKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size, heads = self.plan.page_tokens, self.shape.num_kv_heads
         most = -(-int(batch.stored.max()) // size)
-        mass, rest = torch.zeros(len(blocks), heads, most), torch.zeros(len(blocks), heads)
+        mass = torch.zeros(len(blocks), heads, most, dtype=torch.float32)
+        rest = mass.new_zeros(len(blocks), heads)
         for i, (seq, first, queries) in enumerate(blocks.tolist()):
             fresh = key[_span(batch, seq)]
             keys, _ = self._held(pages, batch, seq, fresh, fresh)
@@ -223,7 +224,9 @@ class ReferenceKernel:
             views = self.layout.views(pages[_place(batch, seq, row, pages.shape[1])])
             parts.append(self.layout.codec.read(views, min(left, self.plan.page_tokens)))
         if not parts:
-            empty = torch.zeros(self.shape.num_kv_heads, 0, self.layout.head_size)
+            empty = torch.zeros(
+                self.shape.num_kv_heads, 0, self.layout.head_size, dtype=torch.float32
+            )
             return empty, empty
         return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 

@@ -99,8 +99,8 @@ class QueryStatistics:
     rope: Rope
     scale: float
     count: int = 0
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    square: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
+    square: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
 
     def add(self, query: torch.Tensor, first: int) -> None:
         """Count ``query`` ``[n, num_heads, head_size]``, rotated, at positions ``first ..``."""

@@ -59,7 +59,7 @@ class ExpectedAttention(Budgeted):
         scale, keys = seen.queries.scale, seen.keys
         means, covariances = (x.unflatten(0, (len(keys), -1)) for x in self._future_queries(seen))
         sinks = seen.position < self.sinks
-        total = torch.zeros(sinks.shape, device=sinks.device)
+        total = torch.zeros(sinks.shape, device=sinks.device, dtype=torch.float32)
         # A query head of every KV head at a time: keys are copied for each.
         for mean, covariance in zip(means.unbind(1), covariances.unbind(1), strict=True):
             linear = (keys @ mean[..., None]).squeeze(-1) * scale

@@ -30,5 +30,5 @@ class Random(Budgeted):
 
     def score(self, seen: Seen) -> torch.Tensor:
         chance = torch.Generator().manual_seed((self.seed * 997 + seen.layer) * 2**20 + seen.end)
-        score = torch.rand(seen.position.shape, generator=chance)
+        score = torch.rand(seen.position.shape, generator=chance, dtype=torch.float32)
         return score.to(seen.position.device, non_blocking=True)

@@ -203,7 +203,7 @@ class Cut:
     def _seen(self, layer: Layer, position: torch.Tensor, source: Batch, tokens: Tokens) -> Seen:
         known = self.state.layers[layer.index]
         if known.mass is None:
-            mass = torch.zeros(position.shape, device=position.device)
+            mass = torch.zeros(position.shape, device=position.device, dtype=torch.float32)
         else:
             known.mass.hold(self.candidates)
             mass = known.mass.view(self.candidates)

@@ -28,7 +28,7 @@ class MassBuffer:
     _free: list[tuple[int, int]] = field(default_factory=list)  # start and end, ascending
 
     def __post_init__(self) -> None:
-        self.data = torch.zeros(self.heads, 0, device=self.device)
+        self.data = torch.zeros(self.heads, 0, device=self.device, dtype=torch.float32)
 
     def take(self, places: int) -> int:
         """The start of so many free places in a row, all zero."""
@@ -38,7 +38,9 @@ class MassBuffer:
                 self.data[:, start : start + places].zero_()
                 return start
         have = self.data.shape[1]
-        grown = torch.zeros(self.heads, max(2 * have, have + places), device=self.device)
+        grown = torch.zeros(
+            self.heads, max(2 * have, have + places), device=self.device, dtype=torch.float32
+        )
         grown[:, :have] = self.data
         self.data = grown
         self.give_back(have, grown.shape[1])

@@ -306,7 +306,7 @@ class Step:
             if known.mass is not None and retrieval.OBSERVES:
                 mass = known.mass.view(span.stop)[:, span.start :]
             else:  # a retention method's own count is not kept up between its cuts
-                mass = torch.zeros(index.shape, device=index.device)
+                mass = torch.zeros(index.shape, device=index.device, dtype=torch.float32)
             shape = (len(middle) - have, size)
             new = retrieval.summarize(keys.unflatten(1, shape), mass.unflatten(1, shape))
             known.summary = new if known.summary is None else torch.cat([known.summary, new], 1)

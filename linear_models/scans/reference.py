@@ -36,7 +36,7 @@ def causal_conv(
     """
     for i, (first, last) in enumerate(batch.spans):
         slot = int(batch.slots[i])
-        before = torch.zeros(states.shape[1:])
+        before = torch.zeros(states.shape[1:], dtype=torch.float32)
         if slot >= 0 and batch.has_state[i]:
             before = states[slot].float()
         seen = torch.cat([before, x[first:last].float()])
@@ -80,7 +80,7 @@ def selective_scan(
     step = softplus(dt.float() if bias is None else dt.float() + bias.float())
     for i, (first, last) in enumerate(batch.spans):
         slot = int(batch.slots[i])
-        h = torch.zeros(states.shape[1:])
+        h = torch.zeros(states.shape[1:], dtype=torch.float32)
         if slot >= 0 and batch.has_state[i]:
             h = states[slot].float()
         for t in range(first, last):
@@ -118,7 +118,7 @@ def wkv5(
     heads, size = decay.shape
     for i, (first, last) in enumerate(batch.spans):
         slot = int(batch.slots[i])
-        s = torch.zeros(states.shape[1:])
+        s = torch.zeros(states.shape[1:], dtype=torch.float32)
         if slot >= 0 and batch.has_state[i]:
             s = states[slot]
         for t in range(first, last):
@@ -162,7 +162,7 @@ def wkv7(
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w.float()))
     for i, (first, last) in enumerate(batch.spans):
         slot = int(batch.slots[i])
-        s = torch.zeros(states.shape[1:])
+        s = torch.zeros(states.shape[1:], dtype=torch.float32)
         if slot >= 0 and batch.has_state[i]:
             s = states[slot]
         for t in range(first, last):
@@ -203,7 +203,11 @@ def rg_lru(
     for i, (first, last) in enumerate(batch.spans):
         slot = int(batch.slots[i])
         has_state = slot >= 0 and bool(batch.has_state[i])
-        h = states[slot].float() if has_state else torch.zeros(states.shape[1:])
+        h = (
+            states[slot].float()
+            if has_state
+            else torch.zeros(states.shape[1:], dtype=torch.float32)
+        )
         for t in range(first, last):
             a = torch.exp(log_a[t])
             # sqrt(1 - a^2), also where the decay is almost one
