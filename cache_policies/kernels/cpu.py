@@ -123,21 +123,15 @@ class CpuKernel:
         self._set(pages, batch)
         _require(blocks.dtype == torch.int32 and blocks.is_contiguous(), "blocks: int32")
         _require(samples > 0, "at least one sample")
-        heads, most = (
-            self.shape.num_kv_heads,
-            -(-int(batch.stored.max()) // self.layout.page_tokens),
-        )
-        mass = torch.zeros(len(blocks), heads, most, dtype=torch.float32)
-        rest = mass.new_zeros(len(blocks), heads)
+        heads = self.shape.num_kv_heads
+        most = -(-int(batch.stored.max()) // self.layout.page_tokens)
+        rest = torch.zeros(len(blocks), heads, dtype=torch.float32)
+        mass = rest.new_zeros(*rest.shape, most)
         self._layer.page_mass(
             *self._rows("query", query, self.shape.num_heads),
             *self._rows("key", key, heads),
-            blocks.data_ptr(),
-            len(blocks),
-            samples,
-            mass.data_ptr(),
-            rest.data_ptr(),
-            most,
+            *(blocks.data_ptr(), len(blocks), samples),
+            *(mass.data_ptr(), rest.data_ptr(), most),
             self.num_threads,
         )
         return mass, rest
