@@ -157,7 +157,7 @@ class TritonKernel:
                 int(host.stored[seq]), int(host.ring[seq]), fresh, end - first, index.shape[1],
                 pages, batch.block_table[seq], places.slots[seq], int(host.store_row[seq]),
                 places.stride, key.stride(0), value.stride(0), pages.stride(0), pages.stride(1),
-                PAGE=places.page, BLOCK=block, fusion=False,
+                PAGE=places.page, BLOCK=block, warps=self.tiles.warps, fusion=False,
             )  # fmt: skip
         rows = out.transpose(1, 2)
         self.turning.keys_back(rows[0], rows[0])

@@ -29,7 +29,7 @@ class Tiles:
         part_width: channels that it encodes.
         parts: programs for all channels.
         ring_span: tokens of the ring that one program writes.
-        warps: warps of a program of decode, or of mass.
+        warps: warps of a program of decode, of mass, or of one that reads.
         encode_warps: of one that encodes.
         many_rows: rows (a query of a query head) of a block of prefill.
         many_warps: warps of its program.
