@@ -18,9 +18,10 @@ NEEDS = "expected-attention, compactor and positions=cache"
 FORMS = ("default", "llama3", "linear", "ntk", "dynamic", "yarn", "longrope")
 # Model types that have a rotary module beside layers that they do not turn by it.
 NOT_ALWAYS = (
-    "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4_text", "olmo_hybrid", "step3p5",
-    "zamba2",
+    "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4_text", "olmo_hybrid",
+    "step3p5", "zamba2",
 )  # fmt: skip
+NEVER = ("jamba", "nemotron_h")  # whatever their configurations say of it
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def refuse_rotary(hf_config: Any) -> None:
     model, given = getattr(hf_config, "model_type", ""), rotary_parameters(hf_config)
     kind = given.get("rope_type", "default")
     reason = None
-    if given.get("rope_theta") is None:
+    chosen = getattr(hf_config, "position_embedding_type", None)  # Granite 4's
+    without = model in NEVER or (model == "granitemoehybrid" and chosen != "rope")
+    if given.get("rope_theta") is None or without:
         reason = "no rotary embedding"
     elif kind not in FORMS:
         reason = f"rope_type={kind!r} (allowed: {', '.join(FORMS)})"

@@ -58,12 +58,13 @@ def rope_of(
         device: where the table shall be; None: wherever it is.
 
     """
-    hf_config = vllm_config.model_config.hf_text_config
+    hf_config, parent = vllm_config.model_config.hf_text_config, parent_of(attention)
     try:
         refuse_rotary(hf_config)
-    except PolicyError:  # no request that needs it comes here
-        return Rope.none(head_size, device)
-    parent = parent_of(attention)
+    except PolicyError:  # no request that needs it comes here, but biases of keys do
+        # Under M-RoPE the table holds for text, whose three positions are equal.
+        if "mrope_section" not in rotary_parameters(hf_config):
+            return Rope.none(head_size, device)
     for child in parent.children() if parent is not None else ():
         if isinstance(child, RotaryEmbeddingBase) or hasattr(child, "long_short_cos_sin_cache"):
             break

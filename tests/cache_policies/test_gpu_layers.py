@@ -221,6 +221,20 @@ def test_the_rotary_table_is_where_the_pages_are(
     assert none.table.device.type == "meta"
 
 
+def test_text_under_m_rope_turns_as_its_table_says(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else biases of keys would be taken for such as do not turn."""
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
+    text = config.model_config.hf_text_config
+    plain = rope_of(layer(config, 0), SIZE, config)
+    sections = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
+    monkeypatch.setattr(text, "rope_parameters", sections)
+    turned = rope_of(layer(config, 1), SIZE, config)
+    count = plain.table.shape[0]
+    torch.testing.assert_close(turned.table[:count], plain.table)
+
+
 def test_only_a_cpus_heap_is_trimmed(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[str] = []
     monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})

@@ -76,6 +76,13 @@ def _of(kind: str, **more: object) -> dict[str, object]:
         (_Config("qwen2_vl_text", _of("default", mrope_section=[1])), "mrope_section"),
         (_Config("olmo", _of("default", use_fope=True)), "use_fope"),
         (_Config("cohere2", _of("default")), "layers without rotary embedding"),
+        (_Config("afmoe", _of("default")), "layers without rotary embedding"),
+        (_Config("nemotron_h", _of("default")), "has no rotary embedding"),
+        (
+            _Config("granitemoehybrid", _of("default"), position_embedding_type="nope"),
+            "has no rotary embedding",
+        ),
+        (_Config("granitemoehybrid", _of("default")), "has no rotary embedding"),
         (_Config("smollm3", _of("default"), no_rope_layers=[1, 0]), "layers without rotary"),
     ],
 )
@@ -87,4 +94,6 @@ def test_other_forms_are_refused_by_name(config: _Config, named: str) -> None:
 @pytest.mark.parametrize("kind", ["default", "llama3", "linear", "dynamic", "yarn", "longrope"])
 def test_forms_of_one_table_are_taken(kind: str) -> None:
     refuse_rotary(_Config("llama", _of(kind)))
+    rope = {"position_embedding_type": "rope"}
+    refuse_rotary(_Config("granitemoehybrid", _of(kind), **rope))
     refuse_rotary(_Config("gemma3_text", {"full_attention": _of(kind), "sliding_attention": {}}))
