@@ -88,10 +88,8 @@ def size_cache(args: argparse.Namespace, utilization: float, *, on_cpu: bool) ->
 
 def ranks_here(args: argparse.Namespace) -> int:
     """Ranks of this machine, one at least: its share of all, or those of its own engines."""
-    engine, engines = (
-        args.tensor_parallel_size * args.pipeline_parallel_size,
-        args.data_parallel_size,
-    )
+    engine = args.tensor_parallel_size * args.pipeline_parallel_size
+    engines = args.data_parallel_size
     if args.nnodes > 1:
         return max(1, engine * engines // args.nnodes)
     local = args.data_parallel_size_local

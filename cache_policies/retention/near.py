@@ -54,8 +54,5 @@ class NearAttention:
         query = query.transpose(0, 1).unflatten(1, (-1, chunk)).unflatten(0, (kv_heads, -1))
         key = key.transpose(0, 1).unflatten(1, (-1, chunk)).transpose(2, 3)[:, None]
         parts = ((part @ key * self.scale).softmax(-1).sum(3) for part in query.split(rows, 3))
-        return (
-            sum(parts, start=torch.zeros((), device=query.device, dtype=torch.float32))
-            .mean(1)
-            .flatten(1)
-        )
+        nothing = torch.zeros((), device=query.device, dtype=torch.float32)
+        return sum(parts, start=nothing).mean(1).flatten(1)
