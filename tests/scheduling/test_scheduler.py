@@ -261,6 +261,14 @@ def test_what_a_runner_cannot_do_is_refused(llama: Path, monkeypatch: pytest.Mon
         refuse_engine(config)
     monkeypatch.setattr(config.cache_config, "sliding_window", None)
     refuse_engine(config)
+    monkeypatch.setattr(config.model_config, "dtype", torch.bfloat16)
+    monkeypatch.setattr(config.cache_config, "cache_dtype", "bfloat16")
+    refuse_engine(config)  # where a checkpoint asks for fp8, and its user for none of it
+    for other in ("fp8", "float16"):
+        monkeypatch.setattr(config.cache_config, "cache_dtype", other)
+        with pytest.raises(PolicyError, match=f"--kv-cache-dtype {other}: .* drop it, or where"):
+            refuse_engine(config)
+    monkeypatch.setattr(config.cache_config, "cache_dtype", "auto")
     monkeypatch.setattr(config.model_config, "is_diffusion", True)
     with pytest.raises(PolicyError, match="diffusion models"):
         refuse_engine(config)

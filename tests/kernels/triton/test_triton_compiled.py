@@ -6,7 +6,10 @@ kernels of each kind, ``make test-triton-all`` every kernel of every codec (``ma
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,8 @@ from tests.kernels.triton.setup import ALL
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels that are interpreted are not compiled", allow_module_level=True)
 
-from tests.kernels.triton.aot import TARGETS, compiled, launches
-from tests.kernels.triton.matrix import faults
+from tests.kernels.triton.aot import SHARED, TARGETS, compiled, launches
+from tests.kernels.triton.matrix import compile_layer, faults, read
 
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 DAILY = (
@@ -45,6 +48,36 @@ def test_triton_compiles_without_spills(
 ) -> None:
     call = launches(policy, head_size=head_size)[kernel]
     assert not faults(compiled(kernel, call, target))
+
+
+def test_triton_faults_are_told() -> None:
+    """What is known of a kernel is what it may spill, before and after its main loop."""
+    fine = SimpleNamespace(name="attend decode", target="sm_80", spills=0, stack=0, shared=0,
+                           matrix_instructions=9, looping_spills=0)  # fmt: skip
+
+    def told(known: int = 0, **changed: int) -> list[str]:
+        return faults(SimpleNamespace(**{**vars(fine), **changed}), known)  # type: ignore[arg-type]
+
+    assert told() == told(10, spills=10, stack=8) == []
+    assert told(spills=1, stack=8) == ["8 bytes of stack, 1 spills"]
+    assert told(10, spills=11) == ["0 bytes of stack, 11 spills"]
+    assert told(10, stack=8) == ["8 bytes of stack, 0 spills"]
+    assert told(10, spills=10, looping_spills=2) == ["2 spills in the main loop"]
+    assert told(shared=SHARED["sm_80"] + 1) == [f"{SHARED['sm_80'] + 1} bytes of shared memory"]
+    assert told(matrix_instructions=0) == ["no matrix instruction"]
+
+
+def test_triton_matrix_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    file, made = tmp_path / "found.jsonl", tmp_path / "again.jsonl"
+    layer = ("fp16", 64, "bfloat16", "no")
+    keys = compile_layer((layer, ["sm_80"], "combine", file))
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(keys) >= 1
+    assert compile_layer((layer, ["sm_80"], "combine", file)) == keys
+    assert file.read_text().splitlines() == lines, "nothing is compiled twice"
+    made.write_text(lines[0].replace(json.loads(lines[0])["key"], "of another tree") + "\n")
+    assert compile_layer((layer, ["sm_80"], "combine", made)) == keys
+    assert len(read(made)) == len(keys) + 1
 
 
 @pytest.mark.parametrize("head_size", [64, 128] if ALL else [128])
