@@ -180,11 +180,14 @@ def _shape(model: str, dtype: str) -> ModelShape:
     folder = get_model(model) if model in MODELS else Path(model)
     if not (folder / "config.json").exists():
         raise ModelError(f"{model!r} is neither one of {', '.join(MODELS)} nor a model folder")
-    return ModelShape.from_folder(folder, kind)
+    try:
+        return ModelShape.from_folder(folder, kind)
+    except (AttributeError, TypeError, ValueError) as error:  # no JSON, no object, or fields lack
+        raise ModelError(f"{folder / 'config.json'} describes no model: {error}") from None
 
 
 def _bytes(text: str) -> int:
     number, unit = text[:-1], text[-1:].upper()
-    if unit not in UNITS or not number.isdigit():
+    if unit not in UNITS or not number.isdecimal():
         raise PolicyError(f"memory {text!r} is not a whole number followed by K, M or G")
     return int(number) * UNITS[unit]

@@ -97,9 +97,10 @@ def ranks_here(args: argparse.Namespace) -> int:
 
 
 def refuse_remote_engines(args: argparse.Namespace) -> None:
-    """Refuse engines of other machines behind this address.
+    """Refuse engines of other machines behind this address, and a port for each engine here.
 
-    Their metrics would be missing here, and vLLM keeps sending requests to one that is lost.
+    Metrics of the former would be missing, and vLLM keeps sending requests to one that is lost; the
+    latter's ports would each show those of all.
 
     Raises:
         PolicyError: naming the way out.
@@ -114,11 +115,12 @@ def refuse_remote_engines(args: argparse.Namespace) -> None:
     engine = args.tensor_parallel_size * args.pipeline_parallel_size
     elsewhere = ranks_here(args) < engine * args.data_parallel_size
     several = args.data_parallel_size > 1 and not own_address
-    if several and (elsewhere or args.data_parallel_backend == "ray"):
+    ports = args.data_parallel_multi_port_external_lb
+    if ports or (several and (elsewhere or args.data_parallel_backend == "ray")):
         raise PolicyError(
             "a cache policy cannot be combined with data parallelism over several machines behind "
-            "one address, or by Ray; start a server on each, with a router before them, see "
-            "docs/scaling.md"
+            "one address, by Ray, or with a port for each engine; start servers, with a router "
+            "before them, see docs/scaling.md"
         )
 
 

@@ -141,7 +141,7 @@ class Comparison:
                 "nothing: the servers listen on loopback only"
             )
         number, unit = memory[:-1], memory[-1:].upper()
-        if unit not in UNITS or not number.isdigit():
+        if unit not in UNITS or not number.isdecimal():
             raise LoadTestError(f"--memory {memory!r}: a whole number followed by K, M or G")
         twice = [str(a) for a, n in Counter(map(str, arrivals)).items() if n > 1]
         if twice:

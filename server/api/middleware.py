@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GENERATING = (
     *COMPLETIONS, "/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/v1/systemone",
     "/v1/decisions", "/invocations", "/inference/v1/generate", "/generative_scoring",
-    "/cohere/v2/chat",
+    "/cohere/v2/chat", "/v1/audio/transcriptions", "/v1/audio/translations",
 )  # fmt: skip
 CLIENT_LEFT = 499  # before the answer began, by nginx's custom
 LOG = logging.getLogger("kvthrift.requests")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse
 from starlette.middleware import Middleware
+from vllm.entrypoints.serve.middleware import authenticate
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.frontend import check_method
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 MAX_BODY = 64 << 20
 KILL_MARGIN = 2  # seconds
+GUARDED = (
+    "/invocations", "/generative_scoring", "/tokenize", "/detokenize", "/adapters",
+    "/scale_elastic_ep",
+)  # fmt: skip
 _processes: list[Any] = []  # of the engine, where this process started it
 
 
@@ -53,6 +58,9 @@ class PolicyEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and the middleware around vLLM's routes."""
         app.state.kvthrift = self._state
+        # vLLM wants no key on these; can go when they are in its list.
+        guarded = dict.fromkeys((*authenticate.GUARDED_PREFIX, *GUARDED))
+        authenticate.GUARDED_PREFIX = tuple(guarded)
         app.include_router(router)
         app.add_api_route("/v1/models", list_models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", show_model, methods=["GET"])
@@ -75,9 +83,13 @@ class PolicyEndpoints:
         ours.names = _names(args, state.openai_serving_models.lora_requests)
         free = ours.vllm_config.model_config.is_attention_free
         watch(engine_client, ours.shape.constant_bytes if free else 0)
-        ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
-        classifier = getattr(args, "prompt_compressor", None)
-        ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)
+        try:
+            ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
+        except ValueError as error:  # there is none, or it does not say where tokens lie
+            ours.why_no_compressor = str(error)
+        else:
+            classifier = getattr(args, "prompt_compressor", None)
+            ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)
         ours.compression = getattr(args, "prompt_compression", None)
         await ours.compressor(None)  # a default that cannot be done ends the start
         manager = getattr(engine_client.engine_core.resources, "engine_manager", None)

@@ -28,6 +28,7 @@ class ServerState:
         names: of models, that requests may use.
         tokenizer: the served model's; None until the engine is up.
         compressors: of prompts, by name.
+        why_no_compressor: why there is none.
         compression: what happens to prompts that do not say.
         stopping: the process was told to stop and only ends what runs.
 
@@ -37,6 +38,7 @@ class ServerState:
     names: ModelNames = field(default_factory=ModelNames)
     tokenizer: Any = None
     compressors: dict[str, Compressor] = field(default_factory=dict)
+    why_no_compressor: str | None = None
     compression: PromptCompression | None = None
     stopping: bool = False
 
@@ -50,6 +52,8 @@ class ServerState:
         how = self.compression if wanted is None else PromptCompression.of(wanted)
         if how is None or how.method == "none":
             return None
+        if self.why_no_compressor is not None:
+            raise CompressorError(f"prompts cannot be compressed here: {self.why_no_compressor}")
         if how.method not in self.compressors:
             raise CompressorError(
                 f"this server has no compressor {how.method!r} (kvthrift serve "

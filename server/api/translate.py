@@ -9,6 +9,9 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMError
+
 from cache_policies.errors import PolicyError
 from cache_policies.spelling import near, refuse_near
 from cache_policies.vllm_plugin.config import POLICY_KEY
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from server.compression.request import Report
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
-LOAD_ADAPTER = "/v1/load_lora_adapter"
+# what names an adapter, vLLM's own and SageMaker's
+LOADS_ADAPTER = {"/v1/load_lora_adapter": "lora_name", "/adapters": "name"}
 STRICT = ("/v1/systemone", "/v1/decisions")  # refuse fields that they do not have
 XARGS = "vllm_xargs"
 _YES = ("true", "1", "yes", "on", "t", "y")  # what pydantic takes for true
@@ -54,7 +58,8 @@ async def translate(
     if not isinstance(content, dict):
         return body, None
     _refuse_wrong(content, path, state)
-    asked.beams = str(content.get("use_beam_search")).lower() in _YES
+    wanted = content.get("use_beam_search")
+    asked.beams = wanted == 1 or str(wanted).lower() in _YES
     with _refused("model"):
         named = _name_method(content, state)
     asked.method, where = _method(content)
@@ -95,11 +100,10 @@ def _refuse_wrong(content: dict[str, Any], path: str, state: ServerState) -> Non
             400, f"{POLICY_KEY} belongs into {XARGS}, or behind the model's name as NAME@METHOD",
             misplaced[0],
         )  # fmt: skip
-    adapter = content.get("lora_name")
-    if path == LOAD_ADAPTER and isinstance(adapter, str) and adapter in state.names.aliases:
-        raise RefusalError(
-            400, f"{adapter!r} is an alias of this server (--policy-alias)", "lora_name"
-        )
+    name = LOADS_ADAPTER.get(path, "")
+    adapter = content.get(name)
+    if isinstance(adapter, str) and adapter in state.names.aliases:
+        raise RefusalError(400, f"{adapter!r} is an alias of this server (--policy-alias)", name)
 
 
 def _name_method(content: dict[str, Any], state: ServerState) -> bool:
@@ -166,3 +170,6 @@ async def _compress(content: dict[str, Any], path: str, state: ServerState) -> R
         return await compress_request(content, *found, state.tokenizer)
     except CompressorError as error:
         raise RefusalError(400, str(error), COMPRESSION) from None
+    except VLLMError as error:  # of the engine, under `selective`; vLLM's handlers stand further in
+        found = create_error_response(error).error
+        raise RefusalError(found.code, found.message) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -36,9 +37,17 @@ class Word:
     text: str
 
 
-def split_words(text: str) -> list[Word]:
-    """Words of a text; joined they are the text, but for white space at its end."""
-    return [Word(m.start(), m.end(), m[0]) for m in _WORD.finditer(text)]
+def split_words(text: str, most: int | None = None) -> list[Word]:
+    """Words of a text; joined they are the text, but for white space at its end.
+
+    Raises:
+        CompressorError: there are more than ``most``.
+
+    """
+    found = [Word(m.start(), m.end(), m[0]) for m in islice(_WORD.finditer(text), most)]
+    if most is not None and len(found) == most and text[found[-1].end :].strip():
+        raise CompressorError(f"the text has more than {most} words")
+    return found
 
 
 def keep_words(
@@ -90,9 +99,18 @@ def _has_digit(word: Word) -> bool:
 
 
 class Compressor(ABC):
-    """Scores the words of a text."""
+    """Scores the words of a text.
+
+    Attributes:
+        name: of the method.
+        most_letters: of a text; a longer one is refused before anything is made of it.
+        most_words: the same in words.
+
+    """
 
     name: ClassVar[str]
+    most_letters: int
+    most_words: int
 
     @abstractmethod
     async def scores(self, text: str, words: Sequence[Word]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -79,11 +80,14 @@ async def compress_request(
         tokenizer: of the served model.
 
     Raises:
-        CompressorError: the prompt is not text, or cannot be scored.
+        CompressorError: the prompt is not text, too long, or cannot be scored.
 
     """
+    places = _places(asked)
+    for place in places:
+        _refuse_long(place.text, compressor)
     report = Report(method=how.method, rate=how.rate, original_tokens=0, compressed_tokens=0)
-    for place in _places(asked):
+    for place in places:
         text, question = split_question(place.text) if place.last else (place.text, "")
         shorter = await _shorten(text, how, compressor, tokenizer)
         report.original_tokens += await tokenizer.count(place.text)
@@ -92,16 +96,30 @@ async def compress_request(
     return report
 
 
+def _refuse_long(text: str, compressor: Compressor) -> None:
+    if len(text) > compressor.most_letters:
+        raise CompressorError(
+            f"{compressor.name}: a text has {len(text)} letters, at most "
+            f"{compressor.most_letters} are taken"
+        )
+
+
 async def _shorten(
     text: str, how: PromptCompression, compressor: Compressor, tokenizer: Tokenizer
 ) -> str:
-    words = split_words(text)
-    if not words or how.rate == 1:
+    """The words that stay; what takes long is done off the event loop."""
+    if how.rate == 1:
         return text
-    scores = await compressor.scores(text, words)
-    tokens = tokens_by_word(words, await tokenizer.spans(text))
-    kept = keep_words(words, scores, tokens, how.rate, keep_digits=how.keep_digits)
-    return kept + text[words[-1].end :]
+    words = await asyncio.to_thread(split_words, text, compressor.most_words)
+    if not words:
+        return text
+    scores, spans = await compressor.scores(text, words), await tokenizer.spans(text)
+
+    def kept() -> str:
+        tokens = tokens_by_word(words, spans)
+        return keep_words(words, scores, tokens, how.rate, keep_digits=how.keep_digits)
+
+    return await asyncio.to_thread(kept) + text[words[-1].end :]
 
 
 @dataclass(frozen=True)

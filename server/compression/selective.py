@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
 from cache_policies.vllm_plugin.config import POLICY_KEY
+from cache_policies.vllm_plugin.versions import why_refused
 from server.compression.base import Compressor, CompressorError, Word, mean_by_word
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from server.compression.served import ServedTokenizer
+
+# on average; in scripts without spaces a letter is a word, and a token may have several
+MOST_WORDS_PER_TOKEN = 4
 
 
 class SelectiveContext(Compressor):
@@ -32,6 +36,9 @@ class SelectiveContext(Compressor):
 
     def __init__(self, engine: Any, tokenizer: ServedTokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        length = engine.vllm_config.model_config.max_model_len
+        self.most_letters = length * tokenizer.most_letters_per_token
+        self.most_words = length * MOST_WORDS_PER_TOKEN
 
     async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
         ids, spans = await self._tokenizer.encode(text, special=True)
@@ -45,6 +52,7 @@ class SelectiveContext(Compressor):
 
     async def _self_information(self, ids: list[int]) -> list[float]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         extra = {POLICY_KEY: "all"} if self._has_policy else None
         params = SamplingParams(
@@ -52,9 +60,15 @@ class SelectiveContext(Compressor):
         )
         last = None
         request_id = f"selective-{uuid4().hex}"
-        async for output in self._engine.generate({"prompt_token_ids": ids}, params, request_id):
-            last = output
+        try:
+            prompt = {"prompt_token_ids": ids}
+            async for output in self._engine.generate(prompt, params, request_id):
+                last = output
+        except VLLMClientError as error:  # 0.33's way to say that the scheduler refuses it
+            raise CompressorError(f"selective: {error}") from None
         assert last is not None
+        if reason := why_refused(last):
+            raise CompressorError(f"selective: {reason}")
         found = last.prompt_logprobs
         # of the first token there is none: it stays
         values = [float("inf")]

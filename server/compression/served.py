@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from server.compression.base import CompressorError
 
 
 class ServedTokenizer:
@@ -13,21 +16,30 @@ class ServedTokenizer:
     Args:
         tokenizer: the engine's, a fast one of transformers.
 
+    Raises:
+        CompressorError: it does not say where in a text its tokens lie.
+
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._lock = asyncio.Lock()
+        # One thread, which ends what it began even if whoever asked has left.
+        self._thread = ThreadPoolExecutor(1, "kvthrift-tokenizer")
+        self.most_letters_per_token = int(tokenizer.max_chars_per_token)
+        try:
+            self._run("a", special=False)
+        except (TypeError, KeyError, NotImplementedError) as error:
+            name = type(tokenizer).__name__
+            raise CompressorError(f"the tokenizer {name} has no offsets: {error}") from None
+
+    def _run(self, text: str, *, special: bool) -> tuple[list[int], Any]:
+        given = self._tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        return given["input_ids"], given["offset_mapping"]
 
     async def encode(self, text: str, *, special: bool = False) -> tuple[list[int], Any]:
         """Token ids, and start and end of each in the text."""
-
-        def run() -> tuple[list[int], Any]:
-            given = self._tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-            return given["input_ids"], given["offset_mapping"]
-
-        async with self._lock:
-            return await asyncio.to_thread(run)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: self._run(text, special=special))
 
     async def count(self, text: str) -> int:
         return len((await self.encode(text))[0])

@@ -70,6 +70,7 @@ def test_two_methods_share_a_server_and_a_second_call_keeps_the_runs(
         ((), "nothing to compare"),
         (("--policy", "kivi-5bit"), "unknown cache policy 'kivi-5bit'"),
         (("--stock", "--memory", "lots"), "--memory 'lots'"),
+        (("--stock", "--memory", "²G"), "--memory '²G'"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_a_server_starts(

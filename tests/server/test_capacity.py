@@ -81,6 +81,7 @@ def test_the_policies_command_lists_every_policy(folder: Path) -> None:
     ("option", "error"),
     [
         (("--memory", "12"), PolicyError),
+        (("--memory", "²G"), PolicyError),  # a digit by name, and no number
         (("--dtype", "int8"), PolicyError),
         (("--model", "no-such-model"), ModelError),
     ],
@@ -88,6 +89,14 @@ def test_the_policies_command_lists_every_policy(folder: Path) -> None:
 def test_bad_options_are_refused(folder: Path, option: tuple[str, str], error: type) -> None:
     result = CliRunner().invoke(app, ["policies", "--model", str(folder), *option])
     assert isinstance(result.exception, error)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '"x"'])
+def test_a_configuration_that_describes_no_model_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    result = CliRunner().invoke(app, ["policies", "--model", str(tmp_path)])
+    assert isinstance(result.exception, ModelError)
+    assert "config.json describes no model" in str(result.exception)
 
 
 def test_embedded_models_are_known_by_name_only(

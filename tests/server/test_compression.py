@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,16 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMClientError
 
+from cache_policies.vllm_plugin.versions import REFUSAL
 from server.compression import (
     CompressorError,
     LLMLingua2,
     SelectiveContext,
     keep_words,
+    request,
     split_words,
 )
 from server.compression.base import Compressor, mean_by_word, tokens_by_word
 from server.compression.request import PromptCompression, compress_request, split_question
+from server.compression.served import ServedTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,6 +178,8 @@ def three_classes(classifier: Path, tmp_path: Path) -> Path:
 class Words:
     """A token is a word with its space."""
 
+    most_letters_per_token = 3
+
     async def encode(self, text: str, *, special: bool = False) -> tuple[list[int], Any]:
         spans = [(w.start, w.end) for w in split_words(text)]
         return list(range(len(spans))), spans
@@ -191,12 +199,17 @@ class Engine:
         extra = {"cache_policy": "kivi-4bit"}
         self.vllm_config = SimpleNamespace(model_config=config, additional_config=extra)
         self.policy: str | None = None
+        self.refusal: str | None = None
+        self.fails: Exception | None = None
 
     async def generate(self, prompt: dict[str, Any], params: Any, _: str) -> Any:
         self.policy = params.extra_args["cache_policy"]
+        if self.fails:
+            raise self.fails
         ids = prompt["prompt_token_ids"]
+        params = {REFUSAL: self.refusal} if self.refusal else None
         logs = [None, *({i: SimpleNamespace(logprob=-float(i))} for i in ids[1:])]
-        yield SimpleNamespace(prompt_logprobs=logs)
+        yield SimpleNamespace(prompt_logprobs=logs, kv_transfer_params=params)
 
 
 def test_selective_scores_are_the_self_information_under_the_whole_cache() -> None:
@@ -210,8 +223,27 @@ def test_selective_scores_are_the_self_information_under_the_whole_cache() -> No
         asyncio.run(SelectiveContext(engine, Words()).scores("a " * 100, split_words("a " * 100)))
 
 
+@pytest.mark.parametrize("refused", ["by its output", "by an error"])
+def test_what_the_scheduler_refuses_is_a_reason(refused: str) -> None:
+    """A pool that cannot hold the whole text, as 0.32 and 0.33 say it."""
+    engine = Engine()
+    if refused == "by an error":
+        engine.fails = VLLMClientError("too large")
+    else:
+        engine.refusal = "too large"
+    with pytest.raises(CompressorError, match="selective: too large"):
+        asyncio.run(SelectiveContext(engine, Words()).scores("a b", split_words("a b")))
+
+
+def test_selective_takes_no_more_than_the_model_could_read() -> None:
+    found = SelectiveContext(Engine(), Words())
+    assert (found.most_letters, found.most_words) == (300, 400)
+
+
 class Longest(Compressor):
     name = "longest"
+    most_letters = 40
+    most_words = 6
 
     async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
         return [float(len(w.text.strip())) for w in words]
@@ -244,6 +276,109 @@ def test_in_a_chat_only_user_messages_are_shortened_and_not_the_question() -> No
     assert [m["content"] for m in asked["messages"]] == [
         system["content"], "aaaa cccc", "aaaa b", [{"type": "text", "text": "aaaa\nc d?"}],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a" * 41, "longest: a text has 41 letters, at most 40 are taken"),
+        (["a b\nc", "a" * 41], "41 letters"),  # before the first one is begun
+        ("a " * 7 + "\nb", "more than 6 words"),
+    ],
+)
+def test_a_long_text_is_refused_before_it_is_scored(
+    prompt: object, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Longest, "scores", lambda *_: pytest.fail("scored"))
+    with pytest.raises(CompressorError, match=says):
+        compress({"prompt": prompt})
+
+
+@given(st.text(alphabet="ab \n中", max_size=30), st.integers(1, 10))
+def test_words_are_counted_while_they_are_split(text: str, most: int) -> None:
+    words = split_words(text)
+    if len(words) <= most:
+        assert split_words(text, most) == words
+    else:
+        with pytest.raises(CompressorError, match=f"more than {most} words"):
+            split_words(text, most)
+
+
+def test_words_are_split_and_chosen_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def noting(work: Any) -> Any:
+        def run(*given: Any, **more: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*given, **more)
+
+        return run
+
+    for name in ("split_words", "tokens_by_word", "keep_words"):
+        monkeypatch.setattr(request, name, noting(getattr(request, name)))
+    compress({"prompt": "a bb ccc\nq"})
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
+
+
+class Slow:
+    """A tokenizer that is asked for one text at a time, whoever has left."""
+
+    max_chars_per_token = 5
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.most = 0
+
+    def __deepcopy__(self, _: Any) -> Slow:
+        return self
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.05)
+        self.inside -= 1
+        return {"input_ids": [1], "offset_mapping": [(0, len(text))]}
+
+
+def test_who_leaves_does_not_let_two_threads_into_a_tokenizer() -> None:
+    slow = Slow()
+    served = ServedTokenizer(slow)
+
+    async def run() -> int:
+        for _ in range(3):
+            left = asyncio.create_task(served.count("a"))
+            await asyncio.sleep(0.01)
+            left.cancel()
+        return await served.count("a")
+
+    assert asyncio.run(run()) == 1
+    assert slow.most == 1
+
+
+def test_who_leaves_does_not_let_two_texts_into_a_classifier(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, lingua = Slow(), LLMLingua2(str(classifier))
+    monkeypatch.setattr(lingua, "_scores", lambda text, words: [float(len(slow(text))), *words])
+
+    async def run() -> list[float]:
+        left = asyncio.create_task(lingua.scores("a", []))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        return await lingua.scores("a", [])
+
+    assert asyncio.run(run()) == [2.0]
+    assert slow.most == 1
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_lie_is_refused() -> None:
+    class Blind(Slow):
+        def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+            return {"input_ids": [1]}
+
+    with pytest.raises(CompressorError, match="the tokenizer Blind has no offsets"):
+        ServedTokenizer(Blind())
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], [[1], [2]], 5, None, []])

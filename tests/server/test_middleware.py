@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.api.answer import _together
 from server.api.asked import CURRENT, Asked
@@ -88,7 +90,8 @@ def test_of_beams_nothing_is_said_and_a_policy_for_them_is_refused() -> None:
     answer = server.post({"model": "m", "use_beam_search": True}).json()
     assert "kv_cache" not in answer["usage"]
     for body in ({"model": "fast"}, {"model": "m", "vllm_xargs": {"cache_policy": "h2o"}}):
-        refused(server.post({**body, "use_beam_search": True}), 400, "beam search")
+        for yes in (True, 1.0, "on"):  # all of it pydantic's yes
+            refused(server.post({**body, "use_beam_search": yes}), 400, "beam search")
 
 
 def test_a_generation_ends_when_its_reader_goes() -> None:
@@ -250,6 +253,7 @@ class Endless(Compressor):
     """Never done, and remembers whether it was stopped."""
 
     name: ClassVar[str] = "selective"
+    most_letters = most_words = 100
 
     def __init__(self) -> None:
         self.begun, self.stopped = asyncio.Event(), False
@@ -290,6 +294,26 @@ def test_compression_ends_when_the_client_leaves() -> None:
     assert sent[0]["status"] == 499  # for whoever counts answers
     assert not sent[1]["body"]
     assert not server.asked
+
+
+class Failing(Endless):
+    """The engine refuses, or has died."""
+
+    def __init__(self, error: VLLMError) -> None:
+        self.error = error
+
+    async def scores(self, text: str, words: Sequence[Word]) -> list[float]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(VLLMValidationError("too long"), 400), (EngineDeadError(), 500)]
+)
+def test_what_the_engine_says_to_a_compression_is_answered(error: VLLMError, code: int) -> None:
+    server = Server()
+    server.state.compressors = {"selective": Failing(error)}
+    body = {"prompt": "a b c\nd", "prompt_compression": {"method": "selective"}}
+    refused(server.post(body), code, str(error))
 
 
 def test_a_log_line_says_who_and_what_but_no_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,7 +102,7 @@ def vllm_app() -> FastAPI:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "kvthrift")
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        return build_app(make_parser().parse_args(["x"]), ("generate",))
+        return build_app(make_parser().parse_args(["x"]), ("generate", "transcription"))
 
 
 def posts(app: FastAPI) -> list[str]:
@@ -173,8 +173,9 @@ def test_an_adapter_cannot_take_an_aliass_name(vllm_app: FastAPI) -> None:
     vllm_app.state.kvthrift.names = names()
     client = TestClient(vllm_app)
     body = {"lora_name": "fast", "lora_path": "x"}
-    answer = client.post("/v1/load_lora_adapter", json=body)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_name")
+    for path, name in (("/v1/load_lora_adapter", "lora_name"), ("/adapters", "name")):
+        answer = client.post(path, json={**body, name: "fast"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
     client = TestClient(vllm_app, raise_server_exceptions=False)
     wrong = client.post("/v1/load_lora_adapter", json={**body, "lora_name": ["fast"]})
     assert wrong.status_code in {400, 422}  # vLLM's own

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests.kernels.triton.aot import SHARED, TARGETS, compiled, launches
 from tests.kernels.triton.matrix import compile_layer, faults, read
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 DAILY = (
