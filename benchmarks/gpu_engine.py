@@ -2,7 +2,7 @@
 
 Raw pages must answer as stock vLLM does, as far as two kernels can in bfloat16; passkeys are asked
 for; throughput stands beside stock vLLM with its 16-bit and its fp8 cache. Each engine has a
-process of its own. Never run on a GPU so far.
+process and a log of its own. Never run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,14 @@ ENGINES: dict[str, dict[str, str]] = {
     "int8": {"policy": "int8"}, "kivi-4bit": {"policy": "kivi-4bit"},
     "kivi-2bit": {"policy": "kivi-2bit"},
 }  # fmt: skip
+JUDGED = ("raw", "int8", "kivi-4bit")  # by the pass keys that stock finds
+MISSED = 2  # of 8 pass keys, that they may miss where stock finds them
+LIMIT = 900  # seconds for an engine
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 ASK = "What is the pass key? The pass key is"
 MARK = "RESULT "
+MANY, ANSWER, REPEATS = 64, 128, 3
 # Two kernels add in other orders, so answers part where two tokens are about as likely; from there
 # on they are other texts. A first token's logit is rounded to 8 bits: by up to 0.06 between 16 and
 # 32, and so is each of the sums before it.
@@ -62,7 +68,8 @@ def run_engine(model: str, name: str) -> dict[str, Any]:
         options["attention_config"] = {"backend_per_kind": {FULL_ATTENTION: "CUSTOM"}}
         options["block_size"] = BLOCK_SIZE
         options["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
-    engine = LLM(model, max_model_len=8192, **options)
+    # Blocks of unlike sizes would find unlike parts of a prompt again.
+    engine = LLM(model, max_model_len=8192, enable_prefix_caching=False, **options)
     greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=5)
     few = passkeys(8, 100)
     found = engine.generate([p for p, _ in few], SamplingParams(temperature=0, max_tokens=8))
@@ -70,13 +77,31 @@ def run_engine(model: str, name: str) -> dict[str, Any]:
     answers = [o.outputs[0] for o in engine.generate([p[-400:] for p, _ in few], greedy)]
     tokens = [list(answer.token_ids) for answer in answers]
     first = [{str(t): p.logprob for t, p in answer.logprobs[0].items()} for answer in answers]
-    many = [p for p, _ in passkeys(64, 60)]
-    start = time.perf_counter()
-    done = engine.generate(many, SamplingParams(temperature=0, max_tokens=128, ignore_eos=True))
-    took = time.perf_counter() - start
-    made = sum(len(o.outputs[0].token_ids) for o in done)
-    facts = {"passkeys": hits, "of": len(few), "tokens_per_second": made / took}
+    facts = {"passkeys": hits, "of": len(few), **_speed(engine)}
     return {"tokens": tokens, "first": first, **facts}
+
+
+def _speed(engine: Any) -> dict[str, float]:
+    """Prompt tokens a second, and answer tokens a second after the prompts: medians."""
+    from vllm import SamplingParams
+
+    prompts = [p for p, _ in passkeys(MANY, 60)]
+
+    def took(answer: int) -> tuple[float, int]:
+        params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        start = time.perf_counter()
+        done = engine.generate(prompts, params)
+        return time.perf_counter() - start, sum(len(o.prompt_token_ids) for o in done)
+
+    took(2)  # what is compiled or captured for it
+    prefill, whole = (
+        sorted(took(answer) for _ in range(REPEATS))[REPEATS // 2] for answer in (1, 1 + ANSWER)
+    )
+    return {
+        "prompt_tokens_per_second": prefill[1] / prefill[0],
+        "tokens_per_second": MANY * ANSWER / (whole[0] - prefill[0]),
+        "requests_per_second": MANY / whole[0],
+    }
 
 
 def agreement(stock: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
@@ -111,9 +136,45 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
         )
         rows.append(Row("raw pages answer as stock", share >= SHARE and apart <= NEAR, note))
     for name, r in results.items():
-        note = f"passkeys {r['passkeys']}/{r['of']}, {r['tokens_per_second']:.0f} tokens/s"
-        rows.append(Row(name, None, note, r))
+        note = (
+            f"passkeys {r['passkeys']}/{r['of']}, {r['tokens_per_second']:.0f} tokens/s after "
+            f"{r['prompt_tokens_per_second']:.0f} prompt tokens/s"
+        )
+        rows.append(Row(name, _finds(results, name), note, r))
     return rows
+
+
+def _finds(results: dict[str, dict[str, Any]], name: str) -> bool | None:
+    """Whether an engine finds about the pass keys that stock does; None if stock does not."""
+    stock = results.get("stock")
+    if name not in JUDGED or stock is None or stock["of"] - stock["passkeys"] > MISSED:
+        return None
+    return bool(results[name]["passkeys"] >= stock["passkeys"] - MISSED)
+
+
+def run_alone(name: str, model: str, log: Path) -> dict[str, Any] | Row:
+    """One engine in a process of its own, all that it says in a file."""
+    command = [sys.executable, "-m", "benchmarks.gpu_engine", "--model", model, "--engine", name]
+    with log.open("w+") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            return Row(name, False, f"not done after {LIMIT} s; see {log}")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes of its engine
+            process.wait()
+        out.seek(0)
+        lines = out.read().splitlines()
+    found = [line for line in lines if line.startswith(MARK)]
+    if status or not found:
+        said = [line for line in lines if "Error" in line] or lines or ["no output"]
+        return Row(name, False, f"{said[-1][:300]}; see {log}")
+    result: dict[str, Any] = json.loads(found[0].removeprefix(MARK))
+    return result
 
 
 def main() -> None:
@@ -127,20 +188,21 @@ def main() -> None:
         os.environ.setdefault(name, value)
     require_gpu("gpu-engine")
     if options.engine:
-        print(MARK + json.dumps(run_engine(options.model, options.engine)))
+        print("\n" + MARK + json.dumps(run_engine(options.model, options.engine)), flush=True)
         return
-    results, failed = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    failed: list[Row] = []
+    status = 0
     for name in ENGINES:
-        command = [sys.executable, "-m", "benchmarks.gpu_engine", "--model", options.model]
-        done = subprocess.run([*command, "--engine", name], cwd=ROOT, capture_output=True,
-                              text=True, check=False)  # fmt: skip
-        lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
-        if done.returncode or not lines:
-            error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            failed.append(Row(name, False, error, {"stderr": done.stderr[-4000:]}))
-            continue
-        results[name] = json.loads(lines[0].removeprefix(MARK))
-    sys.exit(0 if save(rows_of(results) + failed, options.out, model=options.model) else 1)
+        log = options.out.with_name(f"{options.out.stem}-{name.replace(' ', '-')}.log").absolute()
+        found = run_alone(name, options.model, log)
+        if isinstance(found, Row):
+            failed.append(found)
+        else:
+            results[name] = found
+        # after each of them: what was measured survives whatever comes next
+        status = save(rows_of(results) + failed, options.out, model=options.model)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
