@@ -54,7 +54,7 @@ class Spec(BaseModel):
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return "|".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 S = TypeVar("S", bound=Spec)

@@ -43,7 +43,7 @@ ArrivalsText = Annotated[
         "--arrivals", "-a", help=f"when: {', '.join(ARRIVALS)}; several for several loads"
     ),
 ]
-Seed = Annotated[int, typer.Option(help="fixes prompts and schedule")]
+Seed = Annotated[int, typer.Option(min=0, help="fixes prompts and schedule")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder for the results")]
 Warmup = Annotated[int, typer.Option(min=0, help="requests before the measured ones")]
 ErrorRate = Annotated[
@@ -114,7 +114,9 @@ def loadtest(
         str | None, typer.Option(help="regular expression of further metrics to keep")
     ] = None,
     interval: Interval = 1.0,
-    pid: Annotated[int | None, typer.Option(help="server process whose memory is read too")] = None,
+    pid: Annotated[
+        int | None, typer.Option(min=1, help="server process whose memory is read too")
+    ] = None,
     wait: Annotated[
         float, typer.Option(min=0, help="seconds to wait for a server that starts")
     ] = 0.0,
@@ -274,7 +276,9 @@ def canary(
     at_least: Annotated[
         float, typer.Option(min=0, max=1, help="share of keys below which the exit status is 1")
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="of the first round (default: the time)")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="of the first round (default: the time)")
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the API key (else OPENAI_API_KEY)")
     ] = None,

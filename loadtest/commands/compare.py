@@ -21,7 +21,7 @@ from loadtest.commands.rows import Asked
 from loadtest.commands.run import console, finish, run_once, safe_name, safe_names
 from loadtest.commands.session import Settings, complete
 from loadtest.commands.shared import PROMPTS, UnfitError, shared_items
-from loadtest.errors import SOME_FAILED, LoadTestError
+from loadtest.errors import CANNOT_WRITE, INTERRUPTED, NO_SERVER, SOME_FAILED, LoadTestError
 from loadtest.files import SUMMARY
 from loadtest.hide import public_arguments, read_key
 from loadtest.measuring.summary import Summary
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 STOCK = "stock vLLM"
 PLAN = "comparison.json"
+ENDS = (CANNOT_WRITE, INTERRUPTED)  # of a run, and of all that were to follow
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -192,8 +193,7 @@ class Comparison:
         labels = [v.label for v in self.variants]
         name = safe_names(labels)[self.variants.index(variant)]
         loads = safe_names([str(a) for a in self.arrivals])
-        load = loads[self.arrivals.index(arrivals)]
-        return out / (name if len(self.arrivals) == 1 else f"{name}@{load}")
+        return out / f"{name}@{loads[self.arrivals.index(arrivals)]}"
 
     def arguments(self, served: Served) -> list[str]:
         """What follows ``kvthrift serve``."""
@@ -229,11 +229,10 @@ def run_comparison(comparison: Comparison, out: Path) -> int:
         try:
             code = _serve(comparison, served, missing, out)
         except (ServerError, UnfitError) as error:
-            text = escape(f"{comparison.server_name(served)}: {error}")
-            console.print(f"[red]{text}[/red]", highlight=False, soft_wrap=True)
+            _say(comparison.server_name(served), error)
             code = SOME_FAILED
         status = status or code
-        if code > SOME_FAILED:
+        if code in ENDS:
             break
     folders = [
         comparison.folder(out, v, a) for v in comparison.variants for a in comparison.arrivals
@@ -273,11 +272,21 @@ def _serve(
             started = running_server(comparison.arguments(served), log, on_wait=note)
             server = stack.enter_context(started)
         for variant, arrivals, folder in work:
-            code = _run(comparison, variant, arrivals, folder, server, out)
+            try:
+                code = _run(comparison, variant, arrivals, folder, server, out)
+            except LoadTestError as error:
+                if error.status != NO_SERVER:
+                    raise
+                _say(variant.label, error)  # of this row: others have servers of their own
+                return SOME_FAILED
             status = status or code
-            if code > SOME_FAILED:
+            if code in ENDS:
                 return code
     return status
+
+
+def _say(name: str, error: Exception) -> None:
+    console.print(f"[red]{escape(f'{name}: {error}')}[/red]", highlight=False, soft_wrap=True)
 
 
 def _run(

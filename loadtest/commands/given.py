@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadtest.errors import LoadTestError
 from loadtest.hide import read_key
+from loadtest.measuring.scrape import USUAL
 from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def read_pattern(text: str) -> str:
 
     """
     try:
-        re.compile(text)
+        re.compile(f"({USUAL}|{text})")  # as it will stand
     except re.error as error:
         raise LoadTestError(f"--metric-names {text!r}: {error}") from None
     return text

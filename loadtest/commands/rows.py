@@ -8,14 +8,33 @@ from typing import Any
 from typer.core import TyperCommand
 
 ARGUMENTS = "kvthrift.arguments"
+# vLLM's short flags of several letters, which would be taken for as many flags of one letter.
+SHORT = {
+    "-ac": "--attention-config", "-asc": "--api-server-count", "-cc": "--compilation-config",
+    "-dc": "--diffusion-config", "-dcp": "--decode-context-parallel-size",
+    "-dp": "--data-parallel-size", "-dpa": "--data-parallel-address",
+    "-dpb": "--data-parallel-backend", "-dpe": "--data-parallel-external-lb",
+    "-dph": "--data-parallel-hybrid-lb", "-dpl": "--data-parallel-size-local",
+    "-dpm": "--data-parallel-multi-port-external-lb", "-dpn": "--data-parallel-rank",
+    "-dpp": "--data-parallel-rpc-port", "-dpr": "--data-parallel-start-rank",
+    "-ep": "--enable-expert-parallel", "-pcp": "--prefill-context-parallel-size",
+    "-pp": "--pipeline-parallel-size", "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
+}  # fmt: skip
 
 
 class Ordered(TyperCommand):
     """A command that also keeps its arguments as they stood: options lose their order."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
+        spelled = [_spelled_out(text) for text in args]
+        ctx.meta[ARGUMENTS] = list(spelled)
+        return super().parse_args(ctx, spelled)
+
+
+def _spelled_out(text: str) -> str:
+    name, equals, value = text.partition("=")
+    return SHORT.get(name, name) + equals + value
 
 
 @dataclass
@@ -53,7 +72,7 @@ def by_model(first: str | None, arguments: list[str]) -> list[Asked]:
         elif name == "--model":
             found.append(Asked(value if equals else next(left, "")))
         elif name in ("--policy", "-p"):
-            policy = value if equals and name == "--policy" else next(left, "")
+            policy = value if equals else next(left, "")
             (found[-1] if found else everybody).policies.append(policy)
         elif text.startswith("-p") and not text.startswith("--"):
             (found[-1] if found else everybody).policies.append(text[2:])

@@ -55,7 +55,7 @@ def run_once(
 
 def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
     """Print the table and what is wrong, write the report."""
-    from loadtest.report import problems, read_runs, table, write_report
+    from loadtest.report import problems, read_run, table, write_report
 
     setup = summaries[0].setup
     models = ", ".join(dict.fromkeys(s.setup.model for s in summaries))
@@ -64,7 +64,7 @@ def finish(folders: list[Path], out: Path, summaries: list[Summary]) -> None:
         for problem in problems(summary):
             text = escape(f"{summary.setup.label}: {problem}")
             console.print(f"[yellow]{text}[/yellow]", highlight=False, soft_wrap=True)
-    page = write_report(read_runs(folders), out)
+    page = write_report([read_run(folder) for folder in folders], out)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 

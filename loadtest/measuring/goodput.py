@@ -18,7 +18,7 @@ _GOAL = re.compile(r"\s*(ttft|tpot|e2e)\s*:\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*")
 
 @dataclass(frozen=True)
 class Goals:
-    """Most seconds each part of a request may take; TTFT counts from when it was due."""
+    """Most seconds each part of a request may take; TTFT and E2E count from when it was due."""
 
     limits: dict[str, float]
 
@@ -52,7 +52,7 @@ class Goals:
         took = {
             "ttft": record.scheduled_ttft,
             "tpot": 0.0 if single else record.tpot,
-            "e2e": record.e2e,
+            "e2e": record.scheduled_e2e,
         }
         known = [took[name] for name in self.limits]
         limits = self.limits.values()

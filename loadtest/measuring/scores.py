@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel
 
-from loadtest.measuring.estimates import Estimate, mean
+from loadtest.measuring.estimates import Estimate, mean, mean_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from loadtest.sending.records import Record
 
 UNAVERAGED = "not averaged"
@@ -34,18 +36,33 @@ class HeatCell(BaseModel):
 
 
 class Quality(BaseModel):
-    """Scores of the answers; ``overall`` is the plain mean of the tasks."""
+    """Scores of the answers.
 
-    overall: float
+    Attributes:
+        overall: plain mean of the tasks; None where one of them has no answer, for a mean of others
+            is none of theirs.
+        overall_interval: 95 %.
+        unanswered: tasks without an answer.
+
+    """
+
+    overall: float | None
     overall_interval: tuple[float, float] | None
     partial_key: Estimate | None
     tasks: list[Score]
     categories: dict[str, float]
     heat: list[HeatCell]
+    unanswered: list[str] = []
 
 
-def quality(good: list[Record]) -> Quality | None:
-    """Quality of the answers that were scored; None if none was."""
+def quality(good: list[Record], wanted: Collection[tuple[str, str]] = ()) -> Quality | None:
+    """Quality of the answers that were scored; None if none was.
+
+    Args:
+        good: requests that were answered.
+        wanted: category and name of all tasks that are scored.
+
+    """
     by_task: dict[tuple[str, str], list[float]] = {}
     for r in good:
         if r.score is not None:
@@ -62,28 +79,19 @@ def quality(good: list[Record]) -> Quality | None:
         name: float(np.mean([t.score.value for t in tasks if t.category == name]))
         for name in dict.fromkeys(t.category for t in tasks)
     }
+    lacking = sorted(task for category, task in {*wanted} - by_task.keys())
+    whole = not any(UNAVERAGED not in category for category, _ in {*wanted} - by_task.keys())
+    several = max(t.requests for t in counted) > 1
+    bounds = mean_of([t.score for t in counted], [t.requests for t in counted])
     return Quality(
-        overall=float(np.mean([t.score.value for t in counted])),
-        overall_interval=_interval([by_task[t.category, t.name] for t in counted]),
+        overall=float(np.mean([t.score.value for t in counted])) if whole else None,
+        overall_interval=bounds if whole and several else None,
         partial_key=mean([r.partial for r in good if r.partial is not None]),
         tasks=tasks,
         categories=categories,
         heat=_heat(good),
+        unanswered=lacking,
     )
-
-
-def _interval(tasks: list[list[float]], resamples: int = 500) -> tuple[float, float] | None:
-    """95 % interval of the mean of task means, rows resampled within their task."""
-    if max(len(t) for t in tasks) < 2:
-        return None
-    rng = np.random.default_rng(0)
-    arrays = [np.asarray(t) for t in tasks]
-    drawn = [
-        np.mean([a[rng.integers(len(a), size=len(a))].mean() for a in arrays])
-        for _ in range(resamples)
-    ]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _heat(good: list[Record]) -> list[HeatCell]:

@@ -127,9 +127,15 @@ class Scraper:
         self.samples: list[Sample] = []
         self.latest: list[Sample] = []
         self.failed = 0
+        # Readings that overtake each other would look like a server that began again.
+        self._one_at_a_time = asyncio.Lock()
 
     async def once(self) -> list[Sample]:
         """Read everything once; what cannot be read is counted in ``failed``."""
+        async with self._one_at_a_time:
+            return await self._read()
+
+    async def _read(self) -> list[Sample]:
         found: list[Sample] = []
         for url, http in self._http.items():
             try:

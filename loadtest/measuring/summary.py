@@ -13,7 +13,7 @@ from loadtest.measuring.server_side import Check, ServerSide, server_side
 from loadtest.sending.records import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from loadtest.measuring.goodput import Goals
@@ -155,8 +155,9 @@ def summarize(
     goals: Goals | None = None,
     failed_scrapes: int = 0,
     checks: list[Check] | None = None,
+    tasks: Collection[tuple[str, str]] = (),
 ) -> Summary:
-    """Compute the summary of a run from what was written down."""
+    """Compute the summary of a run from what was written down; ``tasks``: see ``quality``."""
     good = [r for r in records if r.status == OK]
     whole = _whole(good, records)
     return Summary(
@@ -167,7 +168,7 @@ def summarize(
         throughput=whole,
         steady=_steady(good, records, setup.concurrency),
         goodput=_goodput(records, goals, whole),
-        quality=quality(good),
+        quality=quality(good, tasks),
         server=server_side(samples, failed_scrapes),
         checks=checks or [],
     )

@@ -11,7 +11,7 @@ import jinja2
 import matplotlib as mpl
 
 from loadtest.errors import CANNOT_WRITE, LoadTestError
-from loadtest.report.data import Run, read_runs
+from loadtest.report.data import Run, read_run, read_runs
 from loadtest.report.plots import PLOTS, colours
 from loadtest.report.table import problems, table
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "problems", "read_runs", "table", "write_report"]
+__all__ = ["Run", "problems", "read_run", "read_runs", "table", "write_report"]
 
 REPORT = "report.html"
 

@@ -59,11 +59,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         found += sorted(p.parent for p in folder.glob(f"*/{SUMMARY}"))
         if not found:
             raise LoadTestError(f"{folder}: no {SUMMARY} in it or in a folder inside it")
-        runs += [_read(path) for path in found]
+        runs += [read_run(path) for path in found]
     return runs
 
 
-def _read(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
+    """Read a run's folder, and nothing inside another one.
+
+    Raises:
+        LoadTestError: a summary of another version.
+
+    """
     path = folder / SUMMARY
     try:
         summary = Summary.model_validate(strict_json(path.read_text(encoding="utf-8")))

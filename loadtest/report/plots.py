@@ -55,7 +55,7 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
     Up and to the left is better; where a server does not tell its memory, the axis is how many such
     requests fit at once, and to the right is better.
     """
-    best = [run for run in one_per_label(runs) if run.summary.quality]
+    best = [run for run in one_per_label(runs) if run.summary.get("quality.overall") is not None]
     shown = [(run, x) for run in best if (x := run.summary.get(MEMORY))]
     by_memory = bool(shown) and len(shown) == sum(bool(r.summary.get(FIT)) for r in best)
     if not by_memory:
@@ -65,12 +65,11 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
     figure, (axis,) = _axes(7.5, 4.4)
     palette = colours(runs)
     for index, (run, x) in enumerate(shown):
-        quality = run.summary.quality
-        assert quality is not None
-        low, high = quality.overall_interval or (quality.overall, quality.overall)
-        span = [[100 * max(0.0, quality.overall - low)], [100 * max(0.0, high - quality.overall)]]
+        overall = run.summary.get("quality.overall")
+        low, high = run.summary.get("quality.overall_interval") or (overall, overall)
+        span = [[100 * max(0.0, overall - low)], [100 * max(0.0, high - overall)]]
         axis.errorbar(
-            [x / 2**20 if by_memory else x], [100 * quality.overall], yerr=span,
+            [x / 2**20 if by_memory else x], [100 * overall], yerr=span,
             fmt=MARKERS[index % len(MARKERS)], ms=10, capsize=4, color=palette[run.label],
             label=run.label, elinewidth=1.2, mec="white",
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ HEADINGS = (
 
 def table(summaries: Sequence[Summary], title: str) -> Table:
     """One row a run; arrivals are part of its name where they differ."""
-    shown = Table(title=title, padding=(0, 0))
+    shown = Table(title=escape(title), padding=(0, 0))
     for heading in HEADINGS:
         first = heading == "run"
         shown.add_column(
@@ -28,7 +29,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     several = len({s.setup.arrivals for s in summaries}) > 1
     for summary in summaries:
         name = f"{summary.setup.label} {summary.setup.arrivals}" if several else summary.setup.label
-        shown.add_row(name, *_cells(summary))
+        shown.add_row(escape(name), *_cells(summary))
     return shown
 
 
@@ -42,7 +43,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         _percentiles(summary, "scheduled_ttft", 1, ".2f"),
         _percentiles(summary, "tpot", 1000, ".0f"),
         _number(summary, "throughput.output_tokens", ".1f"),
-        str(summary.requests.errors + summary.requests.cancelled),
+        str(summary.requests.errors),
     )
 
 
@@ -65,6 +66,9 @@ def problems(summary: Summary) -> list[str]:
     if requests.errors:
         kinds = ", ".join(f"{n} {kind}" for kind, n in requests.by_error.items())
         found.append(f"{requests.errors} requests failed: {kinds}")
+    if summary.quality and summary.quality.unanswered:
+        tasks = ", ".join(summary.quality.unanswered)
+        found.append(f"no quality of all tasks: none of these was answered: {tasks}")
     found += [
         f"{check.name}: the server counted {check.server:,.0f}, the client {check.client:,.0f}"
         for check in summary.checks

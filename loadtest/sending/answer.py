@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from loadtest.hide import hide
+from loadtest.workloads.jsonl import strict_json
 
 if TYPE_CHECKING:
     from loadtest.sending.records import Record
@@ -168,9 +168,8 @@ class Answer:
         record.usage = usage
         record.output_tokens = count
         record.prompt_tokens = int(usage.get("prompt_tokens") or 0) or None
-        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        details = usage.get("completion_tokens_details") or {}
-        record.thinking_tokens = details.get("reasoning_tokens")
+        record.cached_tokens = _count(usage, "prompt_tokens_details", "cached_tokens")
+        record.thinking_tokens = _count(usage, "completion_tokens_details", "reasoning_tokens")
         return new
 
     def _count_thinking(self) -> int | None:
@@ -191,9 +190,15 @@ class Answer:
         return sum(count for kind, count in tokens if kind == "thinking")
 
 
+def _count(usage: dict[str, Any], group: str, name: str) -> int | None:
+    """A number of tokens that not every server gives; None for what is none."""
+    found = (usage.get(group) or {}).get(name)
+    return int(found) if isinstance(found, (int, float)) and found >= 0 else None
+
+
 def _object(text: str, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = strict_json(text)
     except ValueError:
         if name == "error":
             return {"error": text}

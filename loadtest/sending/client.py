@@ -102,10 +102,10 @@ class Client:
                 parts = response.aiter_bytes()
                 await self._receive(response, parts, record, answer)
                 rest = parts
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            record.fail("connect", str(error) or type(error).__name__)
         except (httpx.TimeoutException, TimeoutError):
             record.fail("timeout", f"not whole after {self.target.timeout:g} s")
-        except httpx.ConnectError as error:
-            record.fail("connect", str(error))
         except httpx.HTTPError as error:
             kind = "stream_cut" if record.events else "connection"
             record.fail(kind, f"{type(error).__name__}: {error}")

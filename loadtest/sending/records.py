@@ -101,6 +101,11 @@ class Record:
         return (self.events[-1] if self.events else self.finished) - self.sent
 
     @property
+    def scheduled_e2e(self) -> float:
+        """The same from when it was due."""
+        return self.e2e + self.sent - self.scheduled
+
+    @property
     def tpot(self) -> float | None:
         """Mean seconds per output token after the first.
 

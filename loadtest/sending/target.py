@@ -67,13 +67,15 @@ class Target:
             "stream": True,
             "stream_options": options,
         }
-        if item.exact_length and self.is_vllm:
-            body |= {"ignore_eos": True, "min_tokens": body["max_tokens"]}
         if chat:
             body["messages"] = [{"role": "user", "content": item.prompt}]
         else:
             body["prompt"] = item.prompt
-        return "/v1/chat/completions" if chat else "/v1/completions", body | self.extra
+        body |= self.extra
+        if item.exact_length and self.is_vllm:
+            longest = (chat and body.get("max_completion_tokens")) or body["max_tokens"]
+            body = {"ignore_eos": True, "min_tokens": longest} | body
+        return "/v1/chat/completions" if chat else "/v1/completions", body
 
 
 def find_target(url: str, model: str | None, **settings: Any) -> Target:

@@ -45,6 +45,7 @@ _TYPES = (
 QUESTION_TYPES = tuple(_TYPES.split("; "))
 
 _SHORT = "as concisely as you can, using a single phrase"
+_JOINED = _SHORT.replace("as concisely", "asconcisely")  # the benchmark's spelling
 _NO_WHY = "Do not provide any explanation."
 _ONLY = "Only give me the answer and do not output any other words."
 _PAPER = (
@@ -86,8 +87,8 @@ DATA_SETS: dict[str, DataSet] = {
     "narrativeqa": DataSet(
         "single-doc QA", 128, "f1",
         "You are given a story, which can be either a novel or a movie script, and a question. "
-        f"Answer the question {_SHORT} if possible. {_NO_WHY}\n\nStory: {{context}}\n\nNow, "
-        f"answer the question based on the story {_SHORT} if possible. {_NO_WHY}\n\n"
+        f"Answer the question {_JOINED} if possible. {_NO_WHY}\n\nStory: {{context}}\n\nNow, "
+        f"answer the question based on the story {_JOINED} if possible. {_NO_WHY}\n\n"
         "Question: {input}\n\nAnswer:",
     ),
     "qasper": DataSet(

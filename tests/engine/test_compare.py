@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.engine
+LOAD = "closed_concurrency=4"
 
 
 def compare(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,7 @@ def test_two_methods_share_a_server_and_a_second_call_keeps_the_runs(
     assert done.returncode == 0, done.stdout + done.stderr
     whole, windowed = (
         Summary.model_validate_json((tmp_path / name / "summary.json").read_text())
-        for name in ("kivi-4bit", "streaming-llm_window=60_+kivi-4bit")
+        for name in (f"kivi-4bit@{LOAD}", f"streaming-llm_window=60_+kivi-4bit@{LOAD}")
     )
     for found in (whole, windowed):
         assert found.requests.ok == 2
@@ -52,7 +53,7 @@ def test_two_methods_share_a_server_and_a_second_call_keeps_the_runs(
     assert windowed.quality is not None
     assert whole.quality.overall == 1.0
     assert windowed.quality.overall == 0.0  # the key lies before the window
-    for record in read_records(tmp_path / "kivi-4bit" / "requests.jsonl"):
+    for record in read_records(tmp_path / f"kivi-4bit@{LOAD}" / "requests.jsonl"):
         assert len(record.events) == record.output_tokens == 15
     assert len(list(tmp_path.glob("server-*.log"))) == 1
     again = compare(tmp_path, *policies)

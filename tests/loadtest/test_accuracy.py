@@ -142,6 +142,12 @@ def test_what_is_sent(chat: bool) -> None:
     }  # fmt: skip
     said = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Hi"}
     assert body == shared | said
+    # as many tokens as the user wants, where the user says it
+    shorter = {"max_tokens": 2} | ({"max_completion_tokens": 1} if chat else {})
+    _, body = Target("u", "m", is_vllm=True, extra=shorter).body(item)
+    assert body["min_tokens"] == (1 if chat else 2)
+    _, body = Target("u", "m", is_vllm=True, extra={"min_tokens": 0}).body(item)
+    assert body["min_tokens"] == 0
     # other servers get nothing they might not know
     _, plain = Target("u", "m").body(item)
     assert "ignore_eos" not in plain

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from loadtest.measuring.goodput import Goals
 from loadtest.quality import score
 from loadtest.sending.client import Client, Target, new_record
+from loadtest.sending.records import read_records, write_records
 from loadtest.workloads import Item
 from tests.loadtest.answers import END, ITEM, USAGE, answered, delta, event, holding
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_a_stream_ends_at_its_mark_though_the_body_stays_open() -> None:
@@ -198,3 +203,38 @@ def test_counts_that_a_server_does_not_give_are_none() -> None:
 def test_of_several_choices_the_first_is_the_answer() -> None:
     both = event(choices=[{"index": 1, "text": "b"}, {"index": 0, "text": "a"}])
     assert answered([both, event(choices=[{"index": 1, "text": "b"}]), END]).answer == "a"
+
+
+@pytest.mark.parametrize(("cached", "found"), [(3.0, 3), ("3", None), (-1, None), (None, None)])
+def test_counts_of_other_servers_can_be_read_back(
+    cached: object, found: int | None, tmp_path: Path
+) -> None:
+    usage = {**USAGE, "prompt_tokens_details": {"cached_tokens": cached}}
+    record = answered([delta(content="a"), event(choices=[], usage=usage) + b"data: [DONE]\n\n"])
+    assert (record.status, record.cached_tokens) == ("ok", found)
+    write_records([record], tmp_path / "r")
+    assert read_records(tmp_path / "r") == [record]
+
+
+def test_numbers_that_json_lacks_fail_a_request_and_no_report() -> None:
+    usage = json.dumps({"choices": [], "usage": {**USAGE, "cost": float("nan")}}).encode()
+    record = answered([delta(content="a"), b"data: " + usage + b"\n\ndata: [DONE]\n\n"])
+    assert (record.status, record.error_kind, record.usage) == ("error", "invalid_sse", None)
+
+
+def test_a_connection_that_is_not_made_is_no_answer_that_is_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def late(*_: Any, **__: Any) -> Any:
+        raise httpx.ConnectTimeout("")
+
+    async def run() -> Any:
+        client = Client(Target("http://127.0.0.1:9", "m"), time.monotonic())
+        monkeypatch.setattr(httpx.AsyncClient, "send", late)
+        record = new_record(ITEM, 0.0)
+        await client.send(ITEM, record)
+        await client.close()
+        return record
+
+    record = asyncio.run(run())
+    assert (record.error_kind, record.error) == ("connect", "ConnectTimeout")

@@ -104,7 +104,7 @@ def test_a_failure_is_counted_by_its_kind_and_kept_out_of_latencies(
     assert len(failed) == 3
     for record in failed:
         assert record.error_kind == kind
-        assert says.strip("\\[]") in str(record.error) or kind == "stream_cut"
+        assert says.strip("\\[]") in str(record.error)
     assert all(check.agree is None for check in found.checks)
 
 

@@ -10,8 +10,11 @@ import pytest
 
 from loadtest.commands.given import read_extra
 from loadtest.commands.run import safe_names
+from loadtest.commands.session import _later
 from loadtest.errors import LoadTestError
+from loadtest.sending.arrivals import Schedule, parse_arrivals
 from loadtest.sending.records import read_records
+from loadtest.workloads import Item
 from tests.loadtest.test_command import QUICK, SMALL, summary
 
 if TYPE_CHECKING:
@@ -73,9 +76,18 @@ def test_a_resumed_folder_of_other_requests_is_refused_and_doubles_count_once(
     assert kvthrift(*command).returncode == 0
     path = tmp_path / "requests.jsonl"
     text = path.read_text()
+    seen, metrics = summary(tmp_path), (tmp_path / "metrics.csv").read_text()
     path.write_text(text + text)  # files that were put together
-    assert kvthrift(*command).returncode == 0
-    assert summary(tmp_path).requests.ok == 2
+    assert kvthrift(*command, "--goodput", "ttft:9s").returncode == 0
+    again = summary(tmp_path)
+    assert again.requests.ok == 2
+    # nothing was left to send: what was seen of the server is that of the run
+    assert seen.checks[0].server
+    assert (again.server, again.checks) == (seen.server, seen.checks)
+    assert (tmp_path / "metrics.csv").read_text() == metrics
+    assert again.quality == seen.quality
+    assert again.goodput is not None
+    assert again.goodput.share == 1.0
     assert path.read_text() == text
     for old, new in (('"passkey-0"', '"passkey-9"'), ('"prompt_hash": "', '"prompt_hash": "x')):
         path.write_text(text.replace(old, new))
@@ -108,3 +120,60 @@ def test_a_summary_with_a_number_that_is_none_is_refused(
         done = kvthrift("report", str(tmp_path), "-o", str(tmp_path))
         assert done.returncode == 2
         assert f"{path}: not a summary of this version" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--metric-names", "(?i)foo"), "--metric-names"),
+        (("--metric-names", "("), "--metric-names"),
+        (("--seed", "-1"), "--seed"),
+        (("--pid", "-1"), "--pid"),
+    ],
+)
+def test_bad_values_are_said_in_a_line(
+    mock: MockServer, kvthrift: Command, flags: tuple[str, str], says: str, tmp_path: Path
+) -> None:
+    done = kvthrift("loadtest", mock(**QUICK), *SMALL, *flags, "-o", str(tmp_path))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert says in done.stderr
+
+
+def test_a_label_is_shown_as_it_is_written(
+    mock: MockServer, kvthrift: Command, tmp_path: Path
+) -> None:
+    url = mock(**QUICK)
+    for label in ("[/x]", "[red]x"):
+        done = kvthrift("loadtest", url, *SMALL, "--label", label, "-o", str(tmp_path))
+        assert (done.returncode, label in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+def test_a_run_is_reported_without_others_that_lie_beside_it(
+    mock: MockServer, kvthrift: Command, tmp_path: Path
+) -> None:
+    url = mock(**QUICK)
+    loads = ("-a", "closed(concurrency=1)", "-a", "closed(concurrency=2)")
+    assert kvthrift("loadtest", url, *SMALL, *loads, "-o", str(tmp_path)).returncode == 0
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert kvthrift("loadtest", url, *SMALL, "-o", str(tmp_path)).returncode == 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 2
+    # asked for the whole folder, the report has them all
+    assert kvthrift("report", str(tmp_path), "-o", str(tmp_path)).returncode == 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
+
+
+def test_what_is_left_of_an_open_loop_keeps_its_own_gaps() -> None:
+    items = [Item(str(i), "t", "c", "x", max_tokens=1) for i in range(600)]
+    left = [items[4], *items[300:]]
+    schedule = Schedule(tuple(map(float, range(600))), None)
+    later = _later(schedule, items, left, offset=302.0)
+    assert later.due is not None
+    assert later.due[:3] == (302.0, 303.0, 304.0)
+    assert later.due[-1] == 602.0
+    assert _later(schedule, items, items, offset=0.0) == schedule
+
+
+def test_spellings_name_a_value_exactly() -> None:
+    for text in ("1.0000001", "123456.7", "0.1", "3"):
+        assert str(parse_arrivals(f"poisson(rate={text})")) == f"poisson(rate={text})"

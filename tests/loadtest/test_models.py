@@ -24,6 +24,7 @@ from loadtest.sending.arrivals import parse_arrivals
 from loadtest.sending.client import Target
 from loadtest.workloads import Item, parse_workload
 from server.cli import app
+from server.serve import make_parser
 from tests.loadtest.conftest import running_mock
 from tests.loadtest.test_command import summary
 from tests.loadtest.test_compare import comparison
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
          [Asked("a", ["x"], True), Asked("b", ["x", "y"], True)]),
         ("a", "a --stock --model b --no-stock", [Asked("a", [], True), Asked("b")]),
         (None, "-p x", []),
+        (None, "-p=x --model a", [Asked("a", ["x"])]),
     ],
 )  # fmt: skip
 def test_policies_belong_to_the_model_before_them(
@@ -72,6 +74,27 @@ def test_the_command_line_keeps_its_order_and_the_servers_flags(
     done = kvthrift("compare", "--policy", "fp16")
     assert (done.returncode, "which model?" in done.stderr) == (2, True)
     assert isinstance(get_command(app).commands["compare"], rows.Ordered)  # type: ignore[attr-defined]
+
+
+def test_vllms_short_flags_of_several_letters_reach_the_server(
+    monkeypatch: pytest.MonkeyPatch, kvthrift: Command, tmp_path: Path
+) -> None:
+    made: list[compare.Comparison] = []
+    monkeypatch.setattr(compare, "run_comparison", lambda c, _: made.append(c) or 0)
+    line = ["compare", "m", "--stock", "-tp", "2", "-pp=3", "-ep", "-o", str(tmp_path)]
+    done = kvthrift(*line)
+    assert done.returncode == 0, done.stderr
+    assert made[0].flags == (
+        "--tensor-parallel-size", "2", "--pipeline-parallel-size=3", "--enable-expert-parallel",
+    )  # fmt: skip
+    flags = (action.option_strings for action in make_parser()._actions)
+    short = {
+        name: next(long for long in some if long.startswith("--"))
+        for some in flags
+        for name in some
+        if not name.startswith("--") and len(name) > 2
+    }
+    assert short == rows.SHORT
 
 
 def test_rows_of_several_models() -> None:
@@ -111,7 +134,7 @@ def test_all_models_get_the_same_text_and_are_in_one_report(
     done = kvthrift(*line, "-w", "passkey(lengths=200,depths=0.5,texts=noise,digits=7)")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [a[0] for a in started] == ["a/one", "b/two"]
-    folders = [tmp_path / "one_stock_vLLM", tmp_path / "two_stock_vLLM"]
+    folders = [tmp_path / f"{name}_stock_vLLM@closed_concurrency=4" for name in ("one", "two")]
     found = [summary(folder) for folder in folders]
     assert found[0].setup.workload_hash == found[1].setup.workload_hash
     assert [s.setup.label for s in found] == ["one: stock vLLM", "two: stock vLLM"]

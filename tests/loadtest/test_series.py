@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 import pytest
 
 from loadtest.measuring import scrape
@@ -15,6 +18,7 @@ from loadtest.measuring.scrape import (
     PROMPT_TOKENS,
     RUNNING,
     Sample,
+    Scraper,
     parse_metrics,
 )
 from loadtest.measuring.series import increase, restarts, series
@@ -208,3 +212,27 @@ def test_a_server_without_our_gauges_has_no_values_of_them() -> None:
     unknown = (found.kv_use_peak, found.kv_use_mean, found.requests_that_fit, found.preemptions,
                found.capacity_tokens, found.waiting_peak, found.prefix_hit_share)  # fmt: skip
     assert unknown == (None,) * 7
+
+
+def test_readings_do_not_overtake_each_other() -> None:
+    """An older one that came second would look like a server that began again."""
+    under_way = most = 0
+
+    async def answer(_: httpx.Request) -> httpx.Response:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
+        return httpx.Response(200, text="")
+
+    async def run() -> None:
+        scraper = Scraper(["http://u/metrics"])
+        await scraper.close()
+        client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        scraper._http["http://u/metrics"] = client
+        await asyncio.gather(*(scraper.once() for _ in range(4)))
+        await scraper.close()
+
+    asyncio.run(run())
+    assert most == 1
