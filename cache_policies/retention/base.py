@@ -68,6 +68,11 @@ class Seen:
     rope: Rope | None = None
     near: torch.Tensor | None = None
 
+    @property
+    def prompt_end(self) -> int:
+        """End of the prompt so far: a request that starts over brings answer tokens along."""
+        return min(self.end, self.prompt)
+
     @cached_property
     def _loaded(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.load()
@@ -223,6 +228,24 @@ class Retention(ABC):
             return self.budget_tokens
         return max(ceil(self.ratio * prompt), self.protected_tokens + 1)
 
+    def compared(self, candidates: int, kept: int) -> int:
+        """Pairs of keys that a cut of so many candidates compares in each head."""
+        return candidates * kept if self.merges else 0
+
+    def most_compared(self, prompt: int, longest: int, chunk: int) -> int:
+        """Pairs of keys that the largest cut of a request compares in each head.
+
+        Args:
+            prompt: tokens of its prompt.
+            longest: tokens of prompt and answer.
+            chunk: most tokens of a step.
+
+        """
+        kept = self.kept(prompt)
+        first = min(prompt, kept + chunk) if self.bounded else prompt
+        later = kept + self.interval if self.DECODE_CUTS and longest >= kept + self.interval else 0
+        return self.compared(max(first if prompt > kept else 0, later), kept)
+
     @property
     def bounded(self) -> bool:
         """Whether the budget holds during prefill too."""
@@ -287,6 +310,11 @@ class Retention(ABC):
         return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
     @property
+    def observed_queries(self) -> int:
+        """How many of a prompt's last queries the method looks at, and so must be computed."""
+        return max(1, self.recent_queries)
+
+    @property
     def recent_queries(self) -> int:
         """How many of the last queries ``Seen.recent`` holds."""
         return 0
@@ -337,5 +365,5 @@ class Budgeted(Retention):
         return self.budget
 
     def protected(self, seen: Seen) -> torch.Tensor:
-        recent = seen.position >= seen.end - self.window
-        return (seen.position < self.sinks) | recent
+        end = seen.end if self.DECODE_CUTS else seen.prompt_end
+        return (seen.position < self.sinks) | (seen.position >= end - self.window)

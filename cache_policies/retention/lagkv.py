@@ -57,11 +57,11 @@ class LagKV(Budgeted):
         return max(0, (end - self.sinks) // self.lag - 1)
 
     def protected(self, seen: Seen) -> torch.Tensor:
-        tail = self.sinks + self._chunks(seen.end) * self.lag
+        tail = self.sinks + self._chunks(seen.prompt_end) * self.lag
         return (seen.position < self.sinks) | (seen.position >= tail)
 
     def score(self, seen: Seen) -> torch.Tensor:
-        chunks = self._chunks(seen.end)
+        chunks = self._chunks(seen.prompt_end)
         score = torch.zeros_like(seen.mass)
         if chunks:
             span = slice(self.sinks, self.sinks + (chunks + 1) * self.lag)

@@ -66,6 +66,9 @@ class RKV(Budgeted):
     def recent_queries(self) -> int:
         return self.window
 
+    def compared(self, candidates: int, kept: int) -> int:
+        return candidates**2 + super().compared(candidates, kept)
+
     def score(self, seen: Seen) -> torch.Tensor:
         order = seen.position.argsort(dim=1)  # a kept token may have come to any place
         keys = seen.keys.gather(1, order[..., None].expand_as(seen.keys))

@@ -63,13 +63,17 @@ class SnapKV(Budgeted):
         if self.pooling not in POOLING:
             raise PolicyError(f"pooling={self.pooling} is not one of {', '.join(POOLING)}")
 
+    @property
+    def observed_queries(self) -> int:
+        return self.window
+
     def first_query(self, before: int, after: int, prompt: int, cuts: bool) -> int | None:
         first = max(before, prompt - self.window)
         return first if before < prompt and first < after else None
 
     def score(self, seen: Seen) -> torch.Tensor:
         # What the window itself got does not reach its neighbours through the pooling.
-        before = seen.mass[:, : seen.mass.shape[1] - self.window]
+        before = seen.mass[:, : seen.prompt_end - self.window]
         pool = functional.avg_pool1d if self.pooling == "avg" else functional.max_pool1d
         score = torch.zeros_like(seen.mass)
         score[:, : before.shape[1]] = pool(before, self.kernel, 1, self.kernel // 2)

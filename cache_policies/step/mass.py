@@ -43,11 +43,17 @@ class MassBuffer:
         )
         grown[:, :have] = self.data
         self.data = grown
-        self.give_back(have, grown.shape[1])
+        self._add(have, grown.shape[1])
         return self.take(places)
 
     def give_back(self, start: int, end: int) -> None:
-        """Let others have these places; neighbouring free ones become one."""
+        """Let others have these places; the memory, where nobody has any."""
+        self._add(start, end)
+        if self._free == [(0, self.data.shape[1])]:
+            self._free, self.data = [], self.data.new_zeros(self.heads, 0)
+
+    def _add(self, start: int, end: int) -> None:
+        """Neighbouring free places become one."""
         joined: list[tuple[int, int]] = []
         for one in sorted([*self._free, (start, end)]):
             if joined and joined[-1][1] == one[0]:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 AT_ONCE = 2**20  # similarities of all heads that are in memory together, and so in the cache
+ROWS = 64  # of these at least: what a tile of kept keys is read for
 
 
 def merge_values(
@@ -50,9 +51,19 @@ def _nearest(key: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch
     """Place of the kept token most similar to each candidate, and the cosine, ``[heads, n]``."""
     unit = functional.normalize(key, dim=-1)
     stay = unit.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, key.shape[-1]))
-    lacks = (kept < 0)[:, None]
-    best = [
-        (part @ stay.transpose(1, 2)).masked_fill(lacks, -torch.inf).max(-1)
-        for part in unit.split(max(1, AT_ONCE // kept.numel()), 1)
-    ]
-    return torch.cat([b.indices for b in best], 1), torch.cat([b.values for b in best], 1)
+    stay, lacks = stay.transpose(1, 2), (kept < 0)[:, None]
+    columns = max(1, AT_ONCE // (len(key) * ROWS))
+    tiles = range(0, kept.shape[1], columns)
+    rows = max(ROWS, AT_ONCE // (len(key) * min(columns, kept.shape[1])))
+    found = []
+    for part in unit.split(rows, 1):
+        place = torch.zeros(part.shape[:2], dtype=torch.int64, device=key.device)
+        best = part.new_full(part.shape[:2], -torch.inf)
+        for start in tiles:
+            tile = slice(start, start + columns)
+            similar = (part @ stay[..., tile]).masked_fill(lacks[..., tile], -torch.inf)
+            like = similar.max(-1)
+            place = torch.where(like.values > best, like.indices + start, place)
+            best = torch.maximum(like.values, best)
+        found.append((place, best))
+    return torch.cat([p for p, _ in found], 1), torch.cat([b for _, b in found], 1)

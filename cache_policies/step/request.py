@@ -88,7 +88,8 @@ def readable_tokens(method: Method, span: Span) -> int | None:
         return None
     if any(part.NEEDS_EVERY_QUERY for part in chosen) or _shares_nothing(method, span):
         return 0
-    return max(0, span.prompt - max(1, getattr(method.retention, "window", 1)))
+    observed = method.retention.observed_queries if method.retention else 1
+    return max(0, span.prompt - observed)
 
 
 @dataclass

@@ -188,6 +188,8 @@ class Step:
         cutting = {cut.seq for cut in cuts}
         wanted: dict[int, tuple[int, int]] = {}
         for seq, state, retention in self._evicting:
+            if not state.span.drops:  # nothing will be chosen
+                continue
             before, after = int(self.computed[seq]), int(self.computed[seq]) + self._fresh(seq)
             first = retention.first_query(before, after, state.span.prompt, seq in cutting)
             if first is not None:

@@ -25,7 +25,7 @@ from cache_policies.vllm_plugin.config import (
 from cache_policies.vllm_plugin.frontend import check_request, note_engine
 from cache_policies.vllm_plugin.hosts import watch_hosts
 from cache_policies.vllm_plugin.kinds import refuse_other_layers
-from cache_policies.vllm_plugin.rows import Rows, rows_of
+from cache_policies.vllm_plugin.rows import Rows, forget_removed, rows_of
 from cache_policies.vllm_plugin.seeds import keep_generators_of_incomplete_prompts
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         else:
             self._unchecked = vllm_config
         self.rows = rows_of(vllm_config)
+        if self.table is not None:
+            forget_removed(self.table, self.rows)
         watch_hosts(vllm_config)
 
     @classmethod

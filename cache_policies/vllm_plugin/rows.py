@@ -120,6 +120,22 @@ def _prompt_tokens(params: Any, prompt: list[int] | None) -> int:
     return int((params.extra_args or {}).get(PROMPT_KEY, 0))  # 0: of a dummy batch
 
 
+def forget_removed(table: Any, rows: Rows) -> None:
+    """Drop what is known of a request when V2's table frees its slot.
+
+    Slots are taken again last in, first out, so without it a burst of long requests would leave
+    what its methods counted behind. Can go when V2 tells logits processors of removed requests.
+    """
+    remove = table.remove_request
+
+    def removed(req_id: str) -> Any:
+        slot = remove(req_id)
+        rows.row.pop(slot, None)
+        return slot
+
+    table.remove_request = removed
+
+
 _ROWS: dict[str, Rows] = {}
 
 

@@ -29,6 +29,7 @@ from cache_policies.vllm_plugin.mailbox import (
 from cache_policies.vllm_plugin.metrics import cache_metrics
 from cache_policies.vllm_plugin.room import Room
 from cache_policies.vllm_plugin.versions import end_with_error, say_why
+from cache_policies.vllm_plugin.work import refuse_work
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -104,8 +105,16 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
             self._refuse_size(request)
 
     def _refuse_size(self, request: Request) -> None:
-        """Refuse what would wait forever: the pool is sized for requests of the engine's method."""
+        """Refuse what would wait forever, for the pool is sized for the engine's own method.
+
+        And what would let all others wait.
+        """
         longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        for manager in self.policy_managers[:1]:
+            refuse_work(
+                manager.method(request), request.num_prompt_tokens, longest,
+                self.max_num_scheduled_tokens, self.vllm_config,
+            )  # fmt: skip
         # the last token of an answer is never computed
         needed = self.room.needed(request, max(request.num_prompt_tokens, longest - 1))
         if needed > self.room.pages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from cache_policies.policy import parse_method
 from cache_policies.vllm_plugin import frontend
 from cache_policies.vllm_plugin.config import refuse_method
 from cache_policies.vllm_plugin.guard import PolicyGuard
+from cache_policies.vllm_plugin.rows import Rows, forget_removed
 from tests.cache_policies.gpu import HEADS, KV_HEADS, SIZE, batch, builder_of, layer
 
 if TYPE_CHECKING:
@@ -121,3 +123,24 @@ def test_every_model_state_of_vllm_says_whose_rows_a_batch_has_or_is_refused() -
                     found.add(path.relative_to(root).as_posix())
     assert found == silent
     assert calls > len(found)
+
+
+def test_a_request_is_forgotten_when_its_slot_is_freed(config: VllmConfig) -> None:
+    """Not when the slot is taken again, which after a burst may be never."""
+    config.additional_config = {"cache_policy": "fp16"}
+    rows = Rows(config)
+    table = SimpleNamespace(remove_request={"a": 0, "b": 1}.get)
+    forget_removed(table, rows)
+    for slot in (0, 1):
+        rows.take_slot(slot, SamplingParams(), 5)
+    assert (table.remove_request("b"), {*rows.row}) == (1, {0})
+    assert (table.remove_request("unknown"), {*rows.row}) == (None, {0})
+    assert (table.remove_request("a"), {*rows.row}) == (0, set())
+
+
+def test_a_table_of_v2_frees_slots_where_we_listen() -> None:
+    source = Path(vllm.__file__).parent / "v1/worker/gpu"
+    assert (
+        "def remove_request(self, req_id: str) -> int | None:" in (source / "states.py").read_text()
+    )
+    assert "req_states.remove_request(" in (source / "model_runner.py").read_text()

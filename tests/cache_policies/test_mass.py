@@ -52,4 +52,5 @@ def test_rooms_keep_their_mass_and_no_others(seed: int) -> None:
         del room
         _check(buffer, rooms)
     rooms.clear()
-    assert len(buffer._free) <= 1, "free places are one"
+    assert not buffer._free
+    assert not buffer.data.numel(), "memory of nobody is given back"
