@@ -65,8 +65,9 @@ class PolicyGuard(LogitsProcessor, SlotLogitsProcessor):  # type: ignore[misc]
         else:
             self._unchecked = vllm_config
         self.rows = rows_of(vllm_config)
-        if self.table is not None:
-            forget_removed(self.table, self.rows)
+        if v2:
+            self.rows.table = self.table
+            forget_removed()
         watch_hosts(vllm_config)
 
     @classmethod

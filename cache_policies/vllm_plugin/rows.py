@@ -10,7 +10,7 @@ that list anew once the request has an answer; then it is recognized by its para
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from cache_policies.step.request import Engine, RequestState, span_of
@@ -44,6 +44,7 @@ class Rows:
         self.cache, self.model = vllm_config.cache_config, vllm_config.model_config
         self.row: dict[int, tuple[list[int], RequestState | None, Any]] = {}
         self.away: dict[int, tuple[list[int], RequestState | None, Any]] = {}
+        self.table: Any = None  # V2's, which the guard is given
         # set by the metadata builder, which knows the page size
         self.plan: Plan | None = None
         self.layers = 0
@@ -120,22 +121,6 @@ def _prompt_tokens(params: Any, prompt: list[int] | None) -> int:
     return int((params.extra_args or {}).get(PROMPT_KEY, 0))  # 0: of a dummy batch
 
 
-def forget_removed(table: Any, rows: Rows) -> None:
-    """Drop what is known of a request when V2's table frees its slot.
-
-    Slots are taken again last in, first out, so without it a burst of long requests would leave
-    what its methods counted behind. Can go when V2 tells logits processors of removed requests.
-    """
-    remove = table.remove_request
-
-    def removed(req_id: str) -> Any:
-        slot = remove(req_id)
-        rows.row.pop(slot, None)
-        return slot
-
-    table.remove_request = removed
-
-
 _ROWS: dict[str, Rows] = {}
 
 
@@ -145,3 +130,27 @@ def rows_of(vllm_config: VllmConfig) -> Rows:
     if key not in _ROWS:
         _ROWS[key] = Rows(vllm_config)
     return _ROWS[key]
+
+
+def forget_removed() -> None:
+    """Have V2 tell which slots of its table are freed, and drop what is known of their requests.
+
+    Slots are taken again last in, first out, so without it a burst of long requests would leave
+    what its methods counted behind. Can go when V2 tells logits processors of removed requests.
+    """
+    from vllm.v1.worker.gpu.states import RequestState as Table
+
+    remove = Table.remove_request
+    if hasattr(remove, "__wrapped__"):
+        return
+
+    @wraps(remove)
+    def removed(table: Any, req_id: str) -> Any:
+        slot = remove(table, req_id)
+        for rows in _ROWS.values():
+            # what processors are given shares the table's columns
+            if rows.table is not None and rows.table.prompt_len is table.prompt_len:
+                rows.row.pop(slot, None)
+        return slot
+
+    Table.remove_request = removed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -151,7 +150,7 @@ class Own(CPUAttentionBackend):  # type: ignore[misc]
 
 def _guard(config: VllmConfig, v2: bool) -> None:
     """Of a worker, up to its first request."""
-    guard = PolicyGuard(config, *([SimpleNamespace(remove_request=None)] if v2 else [CPU, False]))
+    guard = PolicyGuard(config, *(["a table"] if v2 else [CPU, False]))
     if not v2:
         guard.update_state(None)
 

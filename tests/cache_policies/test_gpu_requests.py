@@ -14,10 +14,10 @@ from vllm import SamplingParams
 
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse_method
-from cache_policies.vllm_plugin import frontend
+from cache_policies.vllm_plugin import frontend, rows
 from cache_policies.vllm_plugin.config import refuse_method
 from cache_policies.vllm_plugin.guard import PolicyGuard
-from cache_policies.vllm_plugin.rows import Rows, forget_removed
+from cache_policies.vllm_plugin.rows import Rows
 from tests.cache_policies.gpu import HEADS, KV_HEADS, SIZE, batch, builder_of, layer
 
 if TYPE_CHECKING:
@@ -125,22 +125,41 @@ def test_every_model_state_of_vllm_says_whose_rows_a_batch_has_or_is_refused() -
     assert calls > len(found)
 
 
-def test_a_request_is_forgotten_when_its_slot_is_freed(config: VllmConfig) -> None:
+class Table:
+    """V2's, of which a processor sees the columns."""
+
+    def __init__(self) -> None:
+        self.prompt_len = object()
+        self.slots = {"a": 0, "b": 1}
+
+    def remove_request(self, req_id: str) -> int | None:
+        return self.slots.pop(req_id, None)
+
+
+def test_a_request_is_forgotten_when_its_slot_is_freed(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not when the slot is taken again, which after a burst may be never."""
+    monkeypatch.setattr("vllm.v1.worker.gpu.states.RequestState", Table)
     config.additional_config = {"cache_policy": "fp16"}
-    rows = Rows(config)
-    table = SimpleNamespace(remove_request={"a": 0, "b": 1}.get)
-    forget_removed(table, rows)
-    for slot in (0, 1):
-        rows.take_slot(slot, SamplingParams(), 5)
-    assert (table.remove_request("b"), {*rows.row}) == (1, {0})
-    assert (table.remove_request("unknown"), {*rows.row}) == (None, {0})
-    assert (table.remove_request("a"), {*rows.row}) == (0, set())
+    both = {name: Rows(config) for name in ("one", "other")}
+    monkeypatch.setattr(rows, "_ROWS", both)
+    tables = [Table(), Table()]
+    for known, table in zip(both.values(), tables, strict=True):
+        known.table = SimpleNamespace(prompt_len=table.prompt_len)
+        for slot in (0, 1):
+            known.take_slot(slot, SamplingParams(), 5)
+    for _ in range(2):  # two engines of a process
+        rows.forget_removed()
+    assert tables[0].remove_request("b") == 1
+    assert [{*known.row} for known in both.values()] == [{0}, {0, 1}]
+    assert tables[0].remove_request("b") is None
+    assert tables[1].remove_request("a") == 0
+    assert [{*known.row} for known in both.values()] == [{0}, {1}]
 
 
 def test_a_table_of_v2_frees_slots_where_we_listen() -> None:
     source = Path(vllm.__file__).parent / "v1/worker/gpu"
-    assert (
-        "def remove_request(self, req_id: str) -> int | None:" in (source / "states.py").read_text()
-    )
+    states = (source / "states.py").read_text()
+    assert "def remove_request(self, req_id: str) -> int | None:" in states
     assert "req_states.remove_request(" in (source / "model_runner.py").read_text()

@@ -159,10 +159,21 @@ def storm(
         ]
         owned_twice += len(rings) - len(set(rings))
     core.step()
+    leaked = before - pool.get_num_free_blocks()
+    core.add_request("last", {"prompt_token_ids": [7]}, SamplingParams(max_tokens=1))
+    while core.has_unfinished_requests():  # in its step the worker learns of those that ended
+        core.step()
     return {
         "finished": finished, "cancelled": cancelled, "owned_twice": owned_twice,
-        "leaked": before - pool.get_num_free_blocks(), "preemptions": _preemptions(llm),
+        "leaked": leaked, "preemptions": _preemptions(llm), "known": _known_requests(),
     }  # fmt: skip
+
+
+def _known_requests() -> int:
+    """How many requests the newest engine's worker remembers."""
+    from cache_policies.vllm_plugin.rows import _ROWS
+
+    return len(list(_ROWS.values())[-1].row) if _ROWS else 0
 
 
 def _answered_when_preempted(scheduler: Any) -> dict[str, int]:
