@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     Weights = Mapping[str, torch.Tensor]
 
 ATTENTION = "blocks.0.att."
+NORMS = tuple(
+    f"{name}.{part}" for name in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")
+)
+MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+BLOCK = (*NORMS, *(f"{name}.weight" for name in MATRICES))
+BLOCK_OF = {
+    "rwkv5": (
+        "att.gate.weight", "ffn.receptance.weight", "att.time_decay", "att.time_faaaa",
+        *(f"att.time_mix_{name}" for name in "kvrg"), *(f"ffn.time_mix_{name}" for name in "kr"),
+    ),
+    "rwkv7": (
+        *(f"att.{name}{number}" for name in "wa" for number in range(3)), "att.g1", "att.g2",
+        *(f"att.x_{name}" for name in "rwkvag"), "att.k_k", "att.k_a", "att.r_k", "ffn.x_k",
+    ),
+}  # fmt: skip
+WHOLE = ("emb.weight", "head.weight", "ln_out.weight", "ln_out.bias",
+         "blocks.0.ln0.weight", "blocks.0.ln0.bias")  # fmt: skip
 _NONE = "and so is no RWKV file of its author's"
 
 
@@ -108,15 +125,39 @@ def config_of(weights: Weights) -> dict[str, Any]:
         "eos_token_id": 0,
         "torch_dtype": str(weights["emb.weight"].dtype).removeprefix("torch."),
     }
+    of_version = {"7": _rwkv7, "5.2": _rwkv5}
+    version = _version(weights)
+    if version not in of_version:
+        raise PolicyError(f"the file is of RWKV-{version}; known here are RWKV-5.2 and RWKV-7")
+    config: dict[str, Any] = common | of_version[version](weights)
+    for name in _names(config["model_type"], config["num_hidden_layers"]):
+        _size(weights, name, 0)
+    return config
+
+
+def _version(weights: Weights) -> str:
+    """Of the model, by what its first block has."""
     if f"{ATTENTION}r_k" in weights:
-        return {**common, **_rwkv7(weights)}
+        return "7"
+    if f"{ATTENTION}time_maa_x" in weights:
+        return "6"
     decay = weights.get(f"{ATTENTION}time_decay")
-    heads = decay is not None and decay.dim() > 1 and decay.shape[1] > 1
-    if heads and f"{ATTENTION}time_maa_x" not in weights:
-        return {**common, **_rwkv5(weights)}
-    raise PolicyError(
-        "neither RWKV-5.2 nor RWKV-7: blocks.0.att has no r_k, no time_decay of heads"
-    )
+    if decay is None:
+        raise PolicyError(f"the file has no {ATTENTION}time_decay, {_NONE}")
+    if f"{ATTENTION}time_first" in weights and f"{ATTENTION}ln_x.weight" not in weights:
+        return "4"
+    return "5.2" if decay.dim() > 1 and decay.shape[1] > 1 else "5.0 or 5.1"
+
+
+def _names(model_type: str, blocks: int) -> list[str]:
+    """Weights that a file of so many blocks must have, beside those from which sizes follow."""
+    of_block = (*BLOCK, *BLOCK_OF[model_type])
+    later = [f"att.v{number}" for number in range(3)] if model_type == "rwkv7" else []
+    return [
+        *WHOLE,
+        *(f"blocks.{b}.{name}" for b in range(blocks) for name in of_block),
+        *(f"blocks.{b}.{name}" for b in range(1, blocks) for name in later),
+    ]
 
 
 def _blocks(weights: Weights) -> int:

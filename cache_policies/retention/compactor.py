@@ -22,7 +22,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 SKETCH = 48  # directions of the projection, as in the paper
 RIDGE = 1e-4  # share of the mean eigenvalue, for keys that span fewer directions

@@ -19,7 +19,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 MOST_FUTURE = 2**16  # a table of so many rotations is made at a cut
 

@@ -17,7 +17,7 @@ from cache_policies.retention.base import BOUNDED, FULL, Budgeted
 if TYPE_CHECKING:
     import torch
 
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
     from cache_policies.parameters import Value
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 
 @dataclass(frozen=True)

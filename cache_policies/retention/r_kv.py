@@ -19,7 +19,7 @@ from cache_policies.retention.base import BOUNDED, FULL, Budgeted
 from cache_policies.retention.snapkv import check_kernel
 
 if TYPE_CHECKING:
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 AT_ONCE = 2**25  # similarities of all heads that are in memory together, or probabilities
 WIDEST_WINDOW = 512  # its queries are remembered, and compared with all keys

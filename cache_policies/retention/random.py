@@ -10,7 +10,7 @@ import torch
 from cache_policies.retention.base import BOUNDED, FULL, Budgeted
 
 if TYPE_CHECKING:
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 
 @dataclass(frozen=True)

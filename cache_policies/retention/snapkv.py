@@ -18,7 +18,7 @@ from cache_policies.errors import PolicyError
 from cache_policies.retention.base import Budgeted
 
 if TYPE_CHECKING:
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 POOLING = ("avg", "max")
 WIDEST_KERNEL = 129  # tokens pooled around each one
@@ -62,10 +62,6 @@ class SnapKV(Budgeted):
         check_kernel(self.kernel)
         if self.pooling not in POOLING:
             raise PolicyError(f"pooling={self.pooling} is not one of {', '.join(POOLING)}")
-
-    @property
-    def observed_queries(self) -> int:
-        return self.window
 
     def first_query(self, before: int, after: int, prompt: int, cuts: bool) -> int | None:
         first = max(before, prompt - self.window)

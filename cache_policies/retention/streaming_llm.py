@@ -17,7 +17,7 @@ from cache_policies.retention.base import BOUNDED, FULL, Retention
 if TYPE_CHECKING:
     import torch
 
-    from cache_policies.retention.base import Seen
+    from cache_policies.retention.seen import Seen
 
 POSITIONS = ("original", "cache")
 

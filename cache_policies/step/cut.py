@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cache_policies.kernels.moves import Moves, move
-from cache_policies.retention.base import Seen
+from cache_policies.retention.seen import Seen
 from cache_policies.step.clock import Clock
 from cache_policies.step.heads import Division, Latest, Slots
 from cache_policies.step.mass import MassBuffer

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cache_policies.policy import Method
-    from cache_policies.retention.base import QueryStatistics
     from cache_policies.retention.near import NearAttention
+    from cache_policies.retention.seen import QueryStatistics
     from cache_policies.step.heads import Division
     from cache_policies.step.mass import MassBuffer
 

@@ -15,8 +15,8 @@ import torch
 
 from cache_policies.kernels.contract import Batch, Mass
 from cache_policies.retention.adaptive import Budgets
-from cache_policies.retention.base import QueryStatistics
 from cache_policies.retention.near import NearAttention
+from cache_policies.retention.seen import QueryStatistics
 from cache_policies.step.cut import Cut, Cuts
 from cache_policies.step.heads import Slots
 from cache_policies.step.reads import Choice, reads_of, sparse_choice, unread_pages

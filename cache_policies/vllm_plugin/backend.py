@@ -186,10 +186,15 @@ class RingStoreImpl(AttentionImpl):  # type: ignore[misc]
             str(asked.policy),
             self._kernel_class.summary(),
         )
-        # Refuses a head size or group now rather than in the first step.
+        # Refuses a head size, group or codec now rather than in the first step.
         # vLLM chooses a block's size after it has made the layers; 0.32's CPU platform did before.
         cache = vllm_config.cache_config
-        self._layouts(cache.block_size if cache.user_specified_block_size else BLOCK_SIZE)
+        size = cache.block_size if cache.user_specified_block_size else BLOCK_SIZE
+        try:
+            for layout in self._layouts(size):
+                self._kernel_class(layout, self.shape)
+        except PolicyError as error:
+            raise PolicyError(f"layer {next_layer(vllm_config)}: {error}") from None
         self._is_edge(0)
 
     def _layouts(self, page_tokens: int) -> tuple[PageLayout, PageLayout]:

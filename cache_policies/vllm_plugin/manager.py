@@ -85,7 +85,8 @@ class RingStoreManager(FullAttentionManager):  # type: ignore[misc]
         """
         spec = self._spec
         self.page_bytes = page_bytes
-        self.half_bytes_per_token = 4 * spec.num_kv_heads * spec.head_size * layers
+        self.key_numbers = spec.num_kv_heads * spec.head_size * layers
+        self.half_bytes_per_token = 4 * self.key_numbers
         self._step_tokens, self._requests = step_tokens, requests
         published = room if self.enable_caching else None
         self._engine = Engine(self.plan, self.layers, longest, published)

@@ -113,7 +113,7 @@ class PolicyScheduler(Scheduler):  # type: ignore[misc]
         for manager in self.policy_managers[:1]:
             refuse_work(
                 manager.method(request), request.num_prompt_tokens, longest,
-                self.max_num_scheduled_tokens, self.vllm_config,
+                self.max_num_scheduled_tokens, manager.key_numbers,
             )  # fmt: skip
         # the last token of an answer is never computed
         needed = self.room.needed(request, max(request.num_prompt_tokens, longest - 1))

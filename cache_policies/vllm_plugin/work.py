@@ -9,8 +9,6 @@ from vllm.platforms import current_platform
 from cache_policies.errors import PolicyError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from cache_policies.policy import Method
 
 # Multiplications in all layers of a rank: 95 s on the two cores on which r-kv took 12 s for 2.8e11
@@ -18,9 +16,7 @@ if TYPE_CHECKING:
 MOST_ON_CPU, MOST_ON_GPU = 2**41, 2**46
 
 
-def refuse_work(
-    method: Method, prompt: int, longest: int, chunk: int, vllm_config: VllmConfig
-) -> None:
+def refuse_work(method: Method, prompt: int, longest: int, chunk: int, key: int) -> None:
     """Refuse a request whose method compares too many keys with each other at once.
 
     Args:
@@ -28,7 +24,7 @@ def refuse_work(
         prompt: tokens of its prompt.
         longest: tokens of prompt and answer.
         chunk: most tokens of a step.
-        vllm_config: of the engine.
+        key: numbers of a token's keys in all layers under the policy.
 
     Raises:
         PolicyError: naming the way out.
@@ -37,9 +33,7 @@ def refuse_work(
     if method.retention is None:
         return
     pairs = method.retention.most_compared(prompt, longest, chunk)
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads, layers = model.get_num_kv_heads(parallel), model.get_num_layers(parallel)
-    work = pairs * heads * model.get_head_size() * layers
+    work = pairs * key
     most = MOST_ON_CPU if current_platform.is_cpu() else MOST_ON_GPU
     if work > most:
         raise PolicyError(

@@ -139,7 +139,10 @@ def _together(found: list[dict[str, Any]]) -> dict[str, Any]:
     held = sum(f["bytes"] for f in known)
     whole = sum(f["compression_ratio"] * f["bytes"] for f in known)
     ratio = round(whole / held, 4) if held else None
-    return {**found[0], **summed, "compression_ratio": ratio}
+    read = [(f["read_share"], f["prompt_tokens"]) for f in found if "read_share" in f]
+    tokens = sum(n for _, n in read)
+    share = {"read_share": round(sum(s * n for s, n in read) / tokens, 4)} if tokens else {}
+    return {**found[0], **summed, "compression_ratio": ratio, **share}
 
 
 def _is_json(message: Message) -> bool:

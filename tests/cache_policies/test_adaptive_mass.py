@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from cache_policies.policy import parse_method
 from cache_policies.retention.adaptive import Budgets
-from cache_policies.retention.base import QueryStatistics, Seen
 from cache_policies.retention.rope import Rope
+from cache_policies.retention.seen import QueryStatistics, Seen
 
 HEADS, GROUP, SIZE, PROMPT, PAGE = 4, 2, 32, 900, 16
 ROPE = Rope(torch.cat([torch.ones(4096, SIZE // 2), torch.zeros(4096, SIZE // 2)], 1), SIZE)

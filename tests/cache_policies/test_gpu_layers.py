@@ -155,6 +155,16 @@ def _guard(config: VllmConfig, v2: bool) -> None:
         guard.update_state(None)
 
 
+def test_a_layer_that_the_kernels_cannot_serve_ends_the_start(config: VllmConfig) -> None:
+    """And is not met by the first request."""
+    says = "layer 0: more than 192 query heads share a KV head"
+    with set_current_vllm_config(config), pytest.raises(PolicyError, match=says):
+        Attention(
+            193, SIZE, 1.0, num_kv_heads=1, cache_config=config.cache_config,
+            prefix="model.layers.0.self_attn.attn", attn_backend=RingStoreBackend,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize(
     ("made", "policy", "says"),

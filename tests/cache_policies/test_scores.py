@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cache_policies.errors import PolicyError
 from cache_policies.policy import parse_method
 from cache_policies.retention import near, r_kv
-from cache_policies.retention.base import QueryStatistics, Seen
+from cache_policies.retention.seen import QueryStatistics, Seen
 from tests.cache_policies.worker import ROPE, SCALE, SIZE
 
 if TYPE_CHECKING:

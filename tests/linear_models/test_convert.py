@@ -51,6 +51,17 @@ def test_sizes_are_those_of_the_published_configuration(version: str, tmp_path: 
     assert all(torch.equal(kept[name], made[name]) for name in made)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_weight_is_looked_for(version: str) -> None:
+    weights, _ = VERSIONS[version]
+    whole = weights()
+    for name in whole:
+        if name.startswith("blocks.0.att.v"):
+            continue  # RWKV-7's first block needs none
+        with pytest.raises(PolicyError):
+            config_of({other: w for other, w in whole.items() if other != name})
+
+
 def test_a_single_block_has_no_mix_of_values() -> None:
     alone = {n: w for n, w in rwkv7_weights().items() if not n.startswith("blocks.1.")}
     assert config_of(alone)["num_hidden_layers"] == 1
@@ -59,8 +70,13 @@ def test_a_single_block_has_no_mix_of_values() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks.0.att.time_maa_x": torch.zeros(1)}, "neither RWKV-5.2 nor RWKV-7"),  # RWKV-6
-        ({"blocks.0.att.time_decay": torch.zeros(2)}, "neither RWKV-5.2 nor RWKV-7"),  # RWKV-5.0
+        ({"blocks.0.att.time_maa_x": torch.zeros(1)}, r"is of RWKV-6; known here are RWKV-5\.2"),
+        ({"blocks.0.att.time_decay": torch.zeros(2)}, r"is of RWKV-5\.0 or 5\.1; known here"),
+        ({"blocks.0.att.time_decay": torch.zeros(2), "blocks.0.att.time_first": torch.zeros(2),
+          "blocks.0.att.ln_x.weight": None}, "is of RWKV-4; known here"),
+        ({"blocks.0.att.time_decay": None}, r"has no blocks\.0\.att\.time_decay"),
+        ({"ln_out.bias": None}, r"has no ln_out\.bias"),
+        ({"blocks.1.att.key.weight": None}, r"has no blocks\.1\.att\.key\.weight"),
         ({"emb.weight": None}, "has no emb.weight"),
         ({"blocks.0.att.r_k": torch.zeros(2, 64), "blocks.0.ffn.s_emb.weight": torch.zeros(1)},
          "DeepEmbed"),

@@ -47,8 +47,7 @@ def test_a_cut_for_which_all_others_would_wait_is_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(llama, "fp16", 100, asynchronous=False)
-    model, parallel = engine.config.model_config, engine.config.parallel_config
-    each = model.get_num_kv_heads(parallel) * model.get_head_size() * model.get_num_layers(parallel)
+    each = engine.scheduler.policy_managers[0].key_numbers
     for name in ("MOST_ON_CPU", "MOST_ON_GPU"):  # vLLM 0.33 is tested without a platform
         monkeypatch.setattr(work, name, each * 600 * 600)
     engine.add("fits", [5] * 600, 9, "r-kv(budget=100)")

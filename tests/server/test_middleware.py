@@ -46,6 +46,12 @@ def test_a_ratio_that_is_not_known_lowers_no_other() -> None:
     unknown = {**FACTS, "bytes": 300, "compression_ratio": None}
     assert _together([FACTS, unknown])["compression_ratio"] == 4.0
     assert _together([unknown, unknown])["compression_ratio"] is None
+    shares = [
+        {**FACTS, "read_share": 0.2},
+        {**FACTS, "read_share": 0.8, "prompt_tokens": 20},
+        FACTS,
+    ]
+    assert _together(shares)["read_share"] == 0.6
 
 
 def usages(text: str) -> list[dict[str, Any]]:
