@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +110,8 @@ def attempt(name: str, call: Callable[[], Row | list[Row]], left: float) -> list
     except Exception as error:
         note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:300]}"
         rows = Row(name, False, note, {"traceback": traceback.format_exc()})
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # of a kernel that went wrong before
+        torch.cuda.empty_cache()
     return rows if isinstance(rows, list) else [rows]
 
 
@@ -146,14 +148,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     options = parser.parse_args()
     require_gpu("gpu-check")
-    start = time.monotonic()
+    start, gpu = time.monotonic(), torch.cuda.get_device_name()
 
     def left() -> float:
         return LIMIT - (time.monotonic() - start)
 
     rows = [row for name, call in checks(left) for row in attempt(name, call, left())]
-    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    sys.exit(save(rows, options.out, seconds=time.monotonic() - start, **facts))
+    facts = {"gpu": gpu, "torch": torch.__version__, "seconds": time.monotonic() - start}
+    sys.exit(save(rows, options.out, **facts))
 
 
 if __name__ == "__main__":

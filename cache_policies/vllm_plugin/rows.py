@@ -122,6 +122,7 @@ def _prompt_tokens(params: Any, prompt: list[int] | None) -> int:
 
 
 _ROWS: dict[str, Rows] = {}
+_LISTENING: set[type] = set()
 
 
 def rows_of(vllm_config: VllmConfig) -> Rows:
@@ -140,9 +141,10 @@ def forget_removed() -> None:
     """
     from vllm.v1.worker.gpu.states import RequestState as Table
 
-    remove = Table.remove_request
-    if hasattr(remove, "__wrapped__"):
+    if Table in _LISTENING:
         return
+    _LISTENING.add(Table)
+    remove = Table.remove_request
 
     @wraps(remove)
     def removed(table: Any, req_id: str) -> Any:
