@@ -14,6 +14,7 @@ from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse
 from starlette.middleware import Middleware
 from vllm.entrypoints.serve.middleware import authenticate
+from vllm.logger import init_logger
 
 from cache_policies.errors import PolicyError
 from cache_policies.vllm_plugin.frontend import check_method
@@ -24,6 +25,7 @@ from server.api.policies import router
 from server.api.refusal import RefusalError
 from server.api.state import ServerState
 from server.compression import Compressor, LLMLingua2, SelectiveContext
+from server.compression.base import CompressorError
 from server.compression.served import ServedTokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ GUARDED = (
     "/invocations", "/generative_scoring", "/tokenize", "/detokenize", "/adapters",
     "/scale_elastic_ep",
 )  # fmt: skip
+logger = init_logger("vllm.kvthrift.server")
 _processes: list[Any] = []  # of the engine, where this process started it
 
 
@@ -83,18 +86,30 @@ class PolicyEndpoints:
         ours.names = _names(args, state.openai_serving_models.lora_requests)
         free = ours.vllm_config.model_config.is_attention_free
         watch(engine_client, ours.shape.constant_bytes if free else 0)
-        try:
-            ours.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
-        except ValueError as error:  # there is none, or it does not say where tokens lie
-            ours.why_no_compressor = str(error)
-        else:
-            classifier = getattr(args, "prompt_compressor", None)
-            ours.compressors = _compressors(engine_client, ours.tokenizer, classifier)
+        _offer_compression(engine_client, ours, getattr(args, "prompt_compressor", None))
         ours.compression = getattr(args, "prompt_compression", None)
         await ours.compressor(None)  # a default that cannot be done ends the start
         manager = getattr(engine_client.engine_core.resources, "engine_manager", None)
         _processes[:] = manager.processes if manager else []
         _drain(engine_client, ours, owner=manager is not None)
+
+
+def _offer_compression(engine_client: Any, state: ServerState, classifier: str | None) -> None:
+    """Make the compressors, or note why there are none.
+
+    Raises:
+        CompressorError: there are none, and a classifier was given.
+
+    """
+    try:
+        state.tokenizer = ServedTokenizer(engine_client.renderer.get_tokenizer())
+    except ValueError as error:  # there is none, or it does not say where tokens lie
+        if classifier:
+            raise CompressorError(f"--prompt-compressor {classifier}: {error}") from None
+        state.why_no_compressor = str(error)
+        logger.warning("kvthrift: prompts cannot be compressed here: %s", error)
+    else:
+        state.compressors = _compressors(engine_client, state.tokenizer, classifier)
 
 
 def _compressors(

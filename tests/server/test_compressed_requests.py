@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.api import plugin
+from server.api.state import ServerState
 from server.compression import CompressorError, request, split_words
 from server.compression.base import Compressor
 from server.compression.request import PromptCompression, compress_request, split_question
@@ -196,3 +199,17 @@ def test_bad_options_are_named(value: object, says: str) -> None:
 )
 def test_the_question_is_the_last_line(text: str, parts: tuple[str, str]) -> None:
     assert split_question(text) == parts
+
+
+def test_a_server_without_a_tokenizer_says_so_and_ignores_no_classifier() -> None:
+    def none() -> Any:
+        raise ValueError("there is no tokenizer")
+
+    client = SimpleNamespace(renderer=SimpleNamespace(get_tokenizer=none))
+    state = ServerState()
+    plugin._offer_compression(client, state, None)
+    assert not state.compressors
+    with pytest.raises(CompressorError, match="cannot be compressed here: there is no tokenizer"):
+        asyncio.run(state.compressor({"method": "selective"}))
+    with pytest.raises(CompressorError, match="--prompt-compressor folder: there is no tokenizer"):
+        plugin._offer_compression(client, ServerState(), "folder")
